@@ -65,7 +65,7 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
     if backend == "triton" and not triton_runs_on(tensor.device):
         raise RuntimeError(
             f"{op}: backend='triton' cannot run on a {tensor.device.type} tensor: "
-            "move it to a GPU, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
+            "move it to a GPU, or start Python with TRITON_INTERPRET=1, which interprets the kernels on the CPU"
         )
     if backend == "torch" or tensor.device.type not in COMPUTED_ON:
         return True
@@ -98,7 +98,7 @@ class _KnownLayout(NamedTuple):
         check: returns whether tensors have the layout.
         autocast: the device type and the dtype of autocast, if the layout is one under autocast.
         run: computes a call that needs no gradients.
-        apply: computes one that needs them, if a tensor of the layout requires a gradient.
+        apply: computes a call that needs gradients; None if no tensor of the layout requires a gradient.
     """
 
     check: Callable[..., bool]
@@ -228,7 +228,7 @@ class Op:
     def find(
         self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], free: tuple[int, ...] = ()
     ) -> Callable[..., Any] | None:
-        """Return how to compute a call of the op like one that was kept, or None.
+        """Return the function that computes a call like one that :meth:`learn` has kept, or None.
 
         A call is like another one if its options are equal, and its tensors agree in everything that PyTorch's
         dispatcher knows of them: class, dtype, device, sizes, strides, and transforms, modes and autocast around them.
@@ -248,7 +248,8 @@ class Op:
         for check, autocast, run, apply in found:
             if check(*tensors):
                 if num_dispatch_modes() or num_function_modes() or profiler_enabled() or forward_ad._current_level >= 0:
-                    break  # PyTorch must see the op. A call of is_watched would take as long again as these four.
+                    # PyTorch must see the registered op. A call of is_watched takes twice the time of these checks.
+                    break
                 if autocast is not None and torch.get_autocast_dtype(autocast[0]) is not autocast[1]:
                     continue
                 return apply if apply is not None and is_grad_enabled() else run
@@ -257,7 +258,7 @@ class Op:
     def learn(
         self, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...], free: tuple[int, ...] = ()
     ) -> Callable[..., Any]:
-        """Return how to compute a call of the op whose arguments were checked, and keep it for calls like this one.
+        """Return the function that computes a call of the op with checked arguments, and keep it for similar calls.
 
         Args:
             options, tensors, free: as :meth:`find` gets them. All that was checked follows from the options and from
@@ -318,7 +319,7 @@ def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
 def is_watched() -> bool:
     """Return whether a compiler, transform, tracer, mode or profiler of this thread has to see the registered op.
 
-    The dispatch keys of a tensor do not show this.
+    The dispatch keys of a tensor do not show whether one of them is active.
     """
     return bool(is_traced() or num_dispatch_modes() or num_function_modes() or profiler_enabled())
 

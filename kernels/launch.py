@@ -24,12 +24,12 @@ from .hardware import AMD, ARCHITECTURES, target_name
 INTERPRET: bool = triton.knobs.runtime.interpret
 # Interpreted kernels take the configurations of this architecture; tests set another one.
 CPU_ARCH = 80
-# On a CPU, kernels that walk rows are launched as if there were only this many multiprocessors. Then even a small test
-# has more rows than programs.
+# On a CPU, kernels whose programs loop over rows are launched as if there were only this many multiprocessors. Then
+# even a small test has more rows than programs.
 CPU_MULTIPROCESSORS = 2
 # The Triton versions whose compiled kernels a plan starts by itself. With other versions, Triton starts every kernel.
 DIRECT_VERSIONS = ("3.6", "3.9")
-RECORDED_MULTIPROCESSORS = 132  # those of an H100; a recorded launch that fills a GPU fills this many
+RECORDED_MULTIPROCESSORS = 132  # an H100's: a recorded launch that should fill a GPU is sized for this many
 
 _execute_on_cpu = INTERPRET
 _target: "_Target | None" = None
@@ -138,7 +138,7 @@ def arch_of(device: torch.device) -> int:
 
 @functools.cache
 def _arch_of_gpu(device: torch.device) -> int:
-    """Return the architecture of a GPU; refuse one that is too old, or of AMD and unknown."""
+    """Return the architecture of a GPU; refuse a GPU that is too old, or one of AMD that :data:`AMD` lacks."""
     if torch.version.hip is not None:
         return _arch_of_amd(device)
     major, minor = torch.cuda.get_device_capability(device)
@@ -149,7 +149,7 @@ def _arch_of_gpu(device: torch.device) -> int:
 
 
 def _arch_of_amd(device: torch.device) -> int:
-    """Return the number in the name of a GPU of AMD's architecture, 942 for gfx942; refuse others than :data:`AMD`."""
+    """Return the number in the name of an AMD GPU's architecture, 942 for gfx942; refuse one that :data:`AMD` lacks."""
     name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     for arch in AMD:
         if name == target_name(arch):
@@ -161,9 +161,9 @@ def _arch_of_amd(device: torch.device) -> int:
 def programs_at_once(device: torch.device, num_warps: int, registers: int) -> int:
     """Return how many programs of a kernel run on a GPU at once if each thread takes ``registers``.
 
-    A kernel that walks rows is launched with this many programs. With more programs, its parameters would be loaded
-    more often, and there would be more partial sums to add up. A multiprocessor of AMD has twice the registers, and its
-    warps have twice the threads.
+    A kernel whose programs loop over rows is launched with this many programs. With more programs, its parameters would
+    be loaded more often, and there would be more partial sums to add up. A multiprocessor of AMD has twice the
+    registers, and its warps have twice the threads.
     """
     per_multiprocessor = max(1, ARCHITECTURES[80].registers // (32 * num_warps * registers))
     return multiprocessors(device, CPU_MULTIPROCESSORS) * per_multiprocessor
@@ -202,7 +202,8 @@ class Compiled(NamedTuple):
 def _starts(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Callable[..., None]:
     """Return the function that starts a compiled kernel; ``rest`` are the arguments after its tensors.
 
-    A kernel without memory of its own (scratch) is passed to the function in C that Triton's launcher calls.
+    A kernel without scratch memory is passed directly to the function in C that Triton's launcher calls, since the
+    launcher's Python code has nothing to allocate for it.
     """
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
@@ -218,7 +219,7 @@ class Plan:
     """A launch of which everything is known but its tensors: the kernel, the grid, the numbers and the options.
 
     The first start with tensors of certain dtypes goes through Triton, which binds the arguments, looks at each of them
-    and compiles. Later starts pass the addresses of their tensors to the compiled kernel at once. Triton specialises a
+    and compiles. Later starts pass the addresses of their tensors directly to the compiled kernel. Triton specialises a
     kernel for numbers that are 1 or multiples of 16, which a plan fixes. It also specialises it for the dtypes of
     tensors, the blocks of descriptors, and addresses that are multiples of 16 bytes. These are the key by which a plan
     keeps its compiled kernels.
@@ -238,7 +239,7 @@ class Plan:
         """Plan a launch of ``kernel``, whose parameters are its tensors, then ``numbers``, then ``constexprs``."""
         self._kernel, self._grid, self._numbers, self._constexprs = kernel, grid, numbers, constexprs
         self._options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-        if config.max_registers is not None and arch_of(device) not in AMD:  # Triton has no such option there
+        if config.max_registers is not None and arch_of(device) not in AMD:  # Triton has no option maxnreg on AMD
             self._options["maxnreg"] = config.max_registers
         self._target = _target and _target_of(device)
         if self._target is not None and self._target.device is not None:
@@ -255,7 +256,7 @@ class Plan:
             self.start_by_triton(tensors)
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
-        """Start the kernel that was compiled for such tensors; return False, and start nothing, if there is none."""
+        """Start the kernel compiled for tensors of these dtypes and alignments; return False if there is none."""
         if not self.compiled or not self.may_start():
             return False
         key, arguments = _bind(tensors)
@@ -295,7 +296,7 @@ class Plan:
             self.compiled[_bind(tensors)[0]] = Compiled(start, compiled)
             active = driver.active
             self.stream_of, self._device_of = active.get_current_stream, active.get_current_device
-            if self._device_of is torch.cuda.current_device:  # it is the next function, after a check
+            if self._device_of is torch.cuda.current_device:  # it only checks that CUDA is initialised first
                 self._device_of = torch._C._cuda_getDevice
 
 
@@ -319,7 +320,7 @@ class Start:
         self.remember(tensors)
 
     def remember(self, tensors: tuple[Any, ...]) -> None:
-        """Keep the kernel that was compiled for such tensors, if all are plain and start at multiples of 16 bytes."""
+        """Keep the kernel compiled for tensors like these, if all are aligned to 16 bytes and none is a descriptor."""
         key, arguments = _bind(tensors)
         if False not in key and not any(x.__class__ is TensorDescriptor for x in arguments):
             self._ready = self._plan.compiled.get(key)
@@ -338,9 +339,10 @@ class Start:
 
 
 def _bind(tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
-    """Return the key of a plan's compiled kernels for such tensors, and the arguments of that kernel.
+    """Return the key by which a plan keeps the kernel compiled for tensors like these, and the kernel's arguments.
 
-    The argument for a tensor is its address. A descriptor stays one, since Triton makes a tensor map from it.
+    The argument for a tensor is its address. A descriptor is passed as it is, since Triton's launcher makes a tensor
+    map from it.
     """
     key: list[Any] = []
     arguments: list[Any] = []

@@ -1,7 +1,8 @@
 """The choice of the sizes of the blocks of logits that a loss computes one after the other, and of a block's programs.
 
-A block of R x C logits takes one launch of the gradient kernel, which writes G, and one launch of the kernel for the
-products G y and G^T x. Each of the ``multiprocessors`` runs one program at a time. Both launches should end with few
+A block of R x C logits takes one launch of the gradient kernel, which writes G (the gradient with respect to the
+logits, see ``contrastive``), and one launch of the kernel for the products G y and G^T x with the features. Each
+multiprocessor runs one program at a time. Both launches should end with few
 idle multiprocessors, and there should be few launches. The choice minimises an estimate of the time, which is counted
 in steps of a program's loop:
 
@@ -28,13 +29,14 @@ from ..launch import arch_of
 # to its tiles. Both numbers come from simulating tiles of 128 x 256 by the model of an H100.
 STEPS_AROUND_LOOP = 5
 STEPS_OF_LAUNCH = 4
-# Smaller blocks are not considered: their launches would take longer to start than to run.
+# Blocks with fewer rows or columns are not considered: their launches would take longer to start than to run.
 LEAST_EDGE = 1024
 # How many numbers of blocks are considered along the rows, and along the columns, from the fewest possible number up.
 ROW_COUNTS, COL_COUNTS = 16, 4
 MOST_SEGMENTS = 32
 # A program that computes a whole segment of a column of tiles saves time, but the tiles with pairs then need programs
-# of their own. If a segment has at most this many tiles, those programs take longer (by the model of an H100).
+# of their own. If a segment has at most this many tiles, these programs take longer than the segments save (by the
+# model of an H100).
 SHORT_WALK = 4
 
 
@@ -195,7 +197,7 @@ def makespan(long: int, num_long: int, short: int, num_short: int, multiprocesso
     end = start + long if late else start
 
     def done(since: int) -> int:
-        """Return how many short programs for contrastive gradients one multiprocessor ends after ``since``."""
+        """Return how many short programs for contrastive gradients a multiprocessor runs from ``since`` to ``end``."""
         return max(end - since, 0) // short
 
     while (multiprocessors - late) * done(start) + late * done(start + long) < num_short:

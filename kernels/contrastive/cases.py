@@ -94,7 +94,7 @@ EARLY, END = (1 / 0.07, 0.0), (100.0, 0.3)
 STAGES = (EARLY, (50.0, 0.2), END)
 # Scales for which sums with one shift for all rows are exact, and for which each row needs its own maximum.
 SHIFTS = (50.0, 1e4)
-# Scales that no training has, each with what they make of the logits.
+# Scales that no training has, each with its effect on the logits.
 SCALES = (
     (0.0, "scale 0: every logit is 0"),
     (-30.0, "negative scale: the best pair is the worst"),
@@ -108,7 +108,7 @@ extreme = functools.partial(Case, check=EXTREME, draws=FEW)
 
 
 def edges(shape: Callable[..., PairShape], *stages: tuple[float, ...]) -> list[Case]:
-    """Return cases of a loss of few pairs, and of the sizes of tiles and beside them, at each of the stages."""
+    """Return cases of a loss with few pairs, and with about as many pairs as a tile has rows, at each of the stages."""
     return [
         few(shape(pairs, embed_dim, *at), why, quick=pairs == 67)
         for pairs, embed_dim, why in (
@@ -251,7 +251,7 @@ NT_XENT = [
     # extreme values
     extreme(ViewShape(37, 24, *END), "every view occurs twice: two positives", values="duplicate rows"),
     Case(ViewShape(50, 16, 100.0), "all views equal: the loss is log(2N - 1)", check=EXTREME, values="all-equal rows", draws=MANY),
-    # These are not normalised: the gradient of a row of zeros would be 10^12 times as large as those of other rows.
+    # These features are not normalised: the gradient of a row of zeros would be 10^12 times as large as those of other rows.
     extreme(ViewShape(45, 24, 100.0, normalize=False), "features of zeros: their logits are 0", values="zero rows"),
     extreme(ViewShape(67, 40, 100.0, 1.0), "both views exactly alike: losses of nearly nothing"),
     *(extreme(ViewShape(37, 24, scale, 0.3), why) for scale, why in SCALES),

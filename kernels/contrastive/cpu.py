@@ -1,12 +1,12 @@
 """The computation of blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``launches`` describes the
-functions.
+functions, and ``contrastive`` defines G, the gradient with respect to the logits.
 
 A block of logits is large enough for BLAS to run at full speed, and small enough to stay in the cache that the cores
 share. The steps after its product go through the block in pieces that fit into each core's own cache. Products are in
 float32, or in float64 for float64 features. Products of bfloat16 features use the CPU's bfloat16 instructions if it has
 them. The logits are then as exact as in float32, but G is rounded to bfloat16, as in the kernels of a GPU.
 
-A batch whose logits fit into the cache all at once does not come here: ``small_batch`` computes it.
+``small_batch``, not this module, computes a batch whose logits all fit into the cache at once.
 """
 
 import contextlib
@@ -180,7 +180,10 @@ def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, 
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
 ) -> Tensor:
-    """Add G y to acc_x and G^T x to acc_y for the sigmoid loss; return the sums over all logits except the pairs."""
+    """Add G y to acc_x and G^T x to acc_y for the sigmoid loss, and return three sums [3, any] over tiles of logits.
+
+    They are the sums of log(1 + exp l), of G_ij and of G_ij x_i . y_j over all logits l except those of the pairs.
+    """
     (grads,) = _scratch(x, y, 1)
     sums = []
     for block in _blocks(x, y, offset):

@@ -278,7 +278,7 @@ def distributed_contrastive_loss(
     so that the mean over ranks is the loss of the whole batch. The gradients of features are those of the sum over
     ranks of ``grad * loss``; the gradient of ``logit_scale`` is the mean over ranks, the same on every rank. After the
     mean over ranks that DistributedDataParallel takes, a parameter has the gradient of the whole batch's loss. Results
-    have the same bits in every run. In ``mode="gather"`` that also takes a communication backend whose reduction has.
+    have the same bits in every run; in ``mode="gather"``, only if those of the backend's reduction do, too.
     ``torch.compile`` does not compile the call. With one rank, the call is that of :func:`contrastive_loss`.
 
     Args:

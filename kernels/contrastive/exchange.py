@@ -27,8 +27,9 @@ GROUP_BYTES = 6e6
 def group_size(sizes: Sequence[int], row_bytes: int) -> int:
     """Return how many ranks' gradients, in rows of ``row_bytes``, are sent as one group.
 
-    A group costs launches, and nothing is computed while the gradients of the last one are sent. The sum of both is
-    least if there are sqrt(all bytes / GROUP_BYTES) groups. A power of two makes whole waves of programs more often.
+    A group costs launches, and nothing is computed while the gradients of the last group are sent. Both together take
+    the least time if there are sqrt(all bytes / GROUP_BYTES) groups. A power of two makes whole waves of programs more
+    often.
     """
     groups = 2 ** round(max(0.0, math.log2(max(1.0, sum(sizes) * row_bytes) / GROUP_BYTES) / 2))
     return -(-len(sizes) // min(groups, len(sizes)))

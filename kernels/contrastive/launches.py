@@ -1,6 +1,7 @@
 """The launches of the Triton kernels that compute blocks of logits for the contrastive losses.
 
-A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
+A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist. G is
+the gradient with respect to the logits, as ``contrastive`` and ``sigmoid`` define it.
 """
 
 import contextlib
@@ -39,8 +40,8 @@ __all__ = ["prepare"]  # the losses call ``prepare`` of this module or of ``cpu`
 
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
-MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row, which a square block has
-CHUNK = 16  # this kernel adds the sums of this many tiles at a time
+MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row: those of a square block
+CHUNK = 16  # the kernel for pairs adds the sums of this many tiles at a time
 
 
 @contextlib.contextmanager
@@ -116,7 +117,7 @@ def start_pairs(
 ) -> None:  # fmt: skip
     """Compute the logits of x against y, and store what ``_pairs_kernel`` describes to ``positive`` and ``outs``."""
     row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
-    if len(row_sums) > MOST_TILES:  # there are few rows then, so few programs would add very many sums each
+    if len(row_sums) > MOST_TILES:  # so wide a block has few rows, so few programs would add very many sums each
         row_sums = row_sums.sum(0, keepdim=True)
     pairs = _pairs_plan(layout, row_sums.shape[0], col_sums.shape[0], is_loss, both)
     pairs.start(x, y, logit_scale, row_sums, col_sums, positive, *outs)
@@ -124,7 +125,7 @@ def start_pairs(
 
 @planned
 def programs_of_pairs(layout: Layout) -> tuple[int, int, int]:
-    """Return the programs of ``_pairs_kernel``, the first row that they take, and the offset that they get."""
+    """Return the number of programs of ``_pairs_kernel``, their first row of logits, and the offset that they get."""
     offset = max(-layout.m, min(layout.n, layout.offset))  # there are no pairs at the ends of this range, nor beyond
     first = min(0, -offset)
     cfg = gemm_config("contrastive_pairs", arch_of(layout.device), layout.dtype)
@@ -133,7 +134,7 @@ def programs_of_pairs(layout: Layout) -> tuple[int, int, int]:
 
 @planned
 def _totals_of_pairs(layout: Layout, is_loss: bool, both: bool) -> tuple[int, Plan]:
-    """Return the programs of ``_pairs_kernel``, and the plan that adds up their losses and merges their flags."""
+    """Return the number of programs of ``_pairs_kernel``, and the plan that totals their losses and merges flags."""
     paired, _ = pairs_in(layout.m, layout.n, layout.offset)
     programs, terms = programs_of_pairs(layout)[0], (2 if both else 1) * (paired.stop - paired.start)
     weight = mean_of(terms) if is_loss else 0.0
@@ -208,7 +209,9 @@ def add_gradients(
 ) -> Tensor | None:  # fmt: skip
     """Add G y to acc_x [M, D] and G^T x to acc_y [N, D], from one computation of G; one of the two may be None.
 
-    Both are multiplied by a constant that :func:`finish` takes out again. A new accumulator has no values yet.
+    Both are multiplied by the constant of :func:`.products.scale_of_grad`, which keeps G out of float16's subnormal
+    numbers; :func:`finish` divides by it. If ``is_new_x`` (or ``is_new_y``), the accumulator has no values yet, and is
+    overwritten.
 
     Returns:
         If G is rounded to 16 bits for the products: [any], numbers whose sum is the sum of G_ij x_i . y_j before the
@@ -239,7 +242,8 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return the sigmoid loss [] of features x [M, D] and y [N, D], without gradients; NaN if M is 0."""
-    of_rows, cfg = rows_config(x), gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the same loop
+    # The configuration is that of the kernel for G, which has the same loop.
+    of_rows, cfg = rows_config(x), gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     m = x.shape[0]
     blocks = list(itertools.product(slices(m, MAX_EDGE), slices(y.shape[0], MAX_EDGE)))
     counts = [cdiv(m, of_rows.block_m)] + [
@@ -248,7 +252,7 @@ def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, 
     losses, loss = vector(x, sum(counts)), vector(x)
     of_pairs, *of_blocks = losses.split(counts)
     numbers = m, y.shape[0], x.shape[1], offset, x.stride(0), y.stride(0)
-    unused = vector(x, m), *vector(x, 2, counts[0])  # the kernel stores them for the gradients
+    unused = vector(x, m), *vector(x, 2, counts[0])  # the kernel stores these vectors for gradients
     launch_on_rows(
         _sigmoid_pairs_kernel, of_rows, x, y, logit_scale, logit_bias, unused[0], of_pairs, *unused[1:], *numbers
     )
@@ -326,6 +330,6 @@ def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
 
 
 def is_one_block(device: torch.device, dtype: torch.dtype, m: int, n: int, d: int) -> bool:
-    """Return whether the G of features [m, d] against features [n, d] is one block; not if it has no elements."""
+    """Return whether the G of features [m, d] against features [n, d] is one block; a G without elements is not."""
     rows, cols = edges_of(device, dtype, m, n, d, MAX_EDGE, processors(device))
     return 0 < m <= rows and 0 < n <= cols and d > 0

@@ -41,7 +41,7 @@ def info_nce(
 
 @planned
 def _queries_plan(layouts: tuple[Layout, ...], stride_y: int) -> tuple[list[int], Plan, Plan]:
-    """Return the programs of each kernel that InfoNCE's losses come from, and the plans of the last two launches."""
+    """Return the programs of each kernel of InfoNCE's forward pass, and the plans that merge blocks and add losses."""
     device, dtype, n, _, d, _, stride_x, _ = layouts[0]
     cfg = row_config("contrastive_rows", arch_of(device), dtype)
     counts = [programs_of_pairs(layout)[0] for layout in layouts] + [cdiv(n, cfg.block_m)]
@@ -70,7 +70,7 @@ def nt_xent(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, 
 
 @planned
 def _views_plan(layouts: tuple[Layout, ...]) -> tuple[list[int], Plan, Plan]:
-    """Return the programs of each kernel that NT-Xent's losses come from, and the plans of the last two launches."""
+    """Return the programs of each kernel of NT-Xent's forward pass, and the plans that merge blocks and add losses."""
     device, _, n, *_ = layouts[0]
     counts = [programs_of_pairs(layout)[0] for layout in layouts] + [cdiv(n, VIEWS.block_m)]
     merging = Plan(_views_kernel, (counts[-1],), n, config=VIEWS, device=device, BLOCK_M=VIEWS.block_m)
@@ -83,8 +83,8 @@ def _merged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the statistics of blocks of logits, merge them, and return the loss [] and uses_shared_shift [].
 
-    ``counts`` are the programs of the kernels for each block and of the one that ``merge`` starts, which gets the
-    logits of the pairs and vectors for its losses and flags. ``total`` adds up the losses of all programs.
+    ``merge`` starts the kernel that merges: it gets the logits of the pairs, and vectors for that kernel's losses and
+    flags. ``counts`` has the number of programs for each block, and then of that kernel. ``total`` adds up all losses.
     """
     x = blocks[0][0]
     positive, loss, losses = vector(x, len(x)), vector(x), vector(x, sum(counts))

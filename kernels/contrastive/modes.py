@@ -42,7 +42,7 @@ def choose_mode(
 def mode_seconds(
     mode: str, sizes: Sequence[int], embed_dim: int, dtype: torch.dtype, gpus_per_node: int = Cluster.gpus_per_node
 ) -> float:
-    """Return the estimated seconds of a step of the loss in a mode, without what all modes have in common.
+    """Return the estimated seconds of a step of the loss in a mode, without the time that all modes have in common.
 
     Args:
         mode: "gather", "ring" or "scalars".
@@ -58,7 +58,7 @@ def mode_seconds(
     row, grad_row = embed_dim * dtype.itemsize, 4 * embed_dim
 
     def sent(bytes_of_row: int, messages: int = 1, *, is_ring: bool = False) -> float:
-        """Return the seconds in which a rank sends the rows of one rank on, split into ``messages`` messages."""
+        """Return the seconds in which a rank sends as many rows as one rank holds, in ``messages`` messages."""
         return cluster.message_s(ranks, rows * bytes_of_row, messages, is_ring=is_ring)
 
     if mode == "scalars":

@@ -1,7 +1,8 @@
-"""The gradients of a contrastive or sigmoid loss whose G is one block, in few launches and without other ops.
+"""The gradients of a contrastive or sigmoid loss whose G is one block, in few launches and without PyTorch's kernels.
 
-G is computed once, and its products with the features are written as gradients at once: there are no accumulators to
-fill with zeros, and no sums for PyTorch to add. Between the launches stand allocations only.
+G, the gradient with respect to the logits (see ``contrastive``), is computed once, and its products with the features
+are written directly as gradients: there are no accumulators to fill with zeros, and no sums for PyTorch to add. Between
+the launches, PyTorch only allocates memory.
 """
 
 import functools
@@ -50,13 +51,13 @@ def softmax_gradients(
 ) -> Tensor:  # fmt: skip
     """Write the gradients of the contrastive loss to ``image_grad`` and ``text_grad``, and return that of the scale.
 
-    Those of the texts are not computed if ``text_grad`` is None. Row 2 of ``normalizers.row`` is one_minus_p.
+    The texts' gradient is not computed if ``text_grad`` is None. Row 2 of ``normalizers.row`` is one_minus_p.
     ``weight`` is one over the number of terms in the loss, a mean.
     """
     row, col, uses_shared_shift = normalizers
     layout = layout_of(x.rows, y.rows, offset)
     how = _gradients(layout, weight, x.inv_norm is not None, True, text_grad is not None)
-    text_grad = image_grad if text_grad is None else text_grad  # no program writes it then
+    text_grad = image_grad if text_grad is None else text_grad  # no program writes to a text_grad that is None
     numbers, scale_grad = vector(x.rows, how.length), vector(x.rows)
     grad = new_rows(x.rows, layout.m, layout.n)
     how.of_g.start(x.rows, y.rows, grad, logit_scale, uses_shared_shift, row, row[1], col, col[1], numbers)
@@ -116,8 +117,8 @@ def _scaled_plan(device: torch.device, *sizes: int) -> Plan:
 
 @planned
 def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool, has_y: bool) -> _Gradients:
-    """Plan the gradients of a contrastive or sigmoid loss. Those of the sigmoid loss are later multiplied by that of
-    the loss.
+    """Plan the gradients of a contrastive or sigmoid loss; the sigmoid loss's are later multiplied by the upstream
+    gradient.
     """
     device, dtype, m, n, d, offset, stride_x, stride_y = layout
     rows = row_config("contrastive_rows", arch_of(device), dtype)
@@ -153,10 +154,10 @@ def _write_gradients(
     grad_loss: Tensor | None, image_grad: Tensor, text_grad: Tensor,
     numbers: Tensor, of_pairs: Tensor, first: Tensor, rest: Tensor,
 ) -> None:  # fmt: skip
-    """Write the gradients of the features from ``grad``, a scaled G, and the totals of ``numbers`` to ``first`` and
+    """Write the gradients of the features, and write the totals of the partial sums ``numbers`` to ``first`` and
     ``rest``.
 
-    ``of_pairs`` gets the sums of -one_minus_p * positive . x; it may be a part of ``numbers``.
+    ``grad`` is a scaled G. ``of_pairs`` gets the sums of -one_minus_p * positive . x; it may be a part of ``numbers``.
     """
     given = logit_scale if grad_loss is None else grad_loss
     has_norm = x.inv_norm is not None

@@ -120,7 +120,7 @@ def totals_plan(
 
 
 def rows_config(x: Tensor) -> RowConfig:
-    """Return the configuration of kernels that walk rows of features."""
+    """Return the configuration of kernels whose programs each take some rows of features."""
     return row_config("contrastive_rows", arch_of(x.device), x.dtype)
 
 

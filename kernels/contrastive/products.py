@@ -1,6 +1,7 @@
 """The launches that compute gradients of features block by block: a block of G, and its products with the features.
 
-A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
+A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist. G is
+the gradient with respect to the logits, as ``contrastive`` and ``sigmoid`` define it.
 """
 
 import itertools
@@ -39,7 +40,7 @@ class _Part(NamedTuple):
     start: int
     features: Tensor
     acc: Tensor | None
-    vectors: tuple[Tensor, ...]  # the kernel for a block of G reads these of this side, in addition to the features
+    vectors: tuple[Tensor, ...]  # vectors of this side that the kernel for a block of G reads too
 
 
 class _Descriptors:
@@ -49,8 +50,9 @@ class _Descriptors:
         self._made: dict[tuple[int, Tile], Tensor | TensorDescriptor] = {}
 
     def __call__(self, matrix: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
-        """Return :func:`tiles` of a matrix, which the caller keeps alive for as long as this object, since its id
-        is the key.
+        """Return :func:`tiles` of a matrix.
+
+        The caller keeps the matrix alive for as long as this object, since the matrix's id is the key.
         """
         key = id(matrix), tile
         if key not in self._made:
@@ -191,7 +193,7 @@ class _ProductsPlan(NamedTuple):
 
     def start(self, grad: Tensor, rows: _Part, cols: _Part, describe: Describe) -> None:
         """Start the kernel that adds the products of a block of G to the accumulators of its rows and columns."""
-        # If only one side has an accumulator, it is passed twice: no program writes that of the other side.
+        # If only one side has an accumulator, it is passed for the other side too, to which no program writes.
         wanted = [describe(part.acc, self.acc_tile) for part in (rows, cols) if part.acc is not None]
         operands = (describe(part.features, self.operand_tile) for part in (rows, cols))
         of_grad = describe(grad, self.grad_tile), describe(grad, self.transposed_tile)

@@ -91,7 +91,7 @@ def operand_dtype(op: str, name: str, features: Tensor) -> torch.dtype:
     """Return the dtype that ``features`` are multiplied in: their own, or under autocast the autocast dtype.
 
     Raises:
-        TypeError: the kernels cannot compute in it where they would run.
+        TypeError: the kernels cannot compute in this dtype on the features' device.
     """
     dtype = autocast_dtype(features)
     check_float(op, **{name: features if dtype == features.dtype else features.new_empty(0, dtype=dtype)})

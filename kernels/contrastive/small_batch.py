@@ -1,6 +1,7 @@
 """The losses of a small batch on a CPU, from all its logits at once, with their gradients.
 
-These logits fit into the cache, and in blocks the calls would take longer than the arithmetic. ``whole_loss`` has the
+These logits fit into the cache. If they were computed in blocks, PyTorch's calls would take longer than the arithmetic.
+``whole_loss`` has the
 formulas of :mod:`.contrastive` with the shift 0 for all rows and columns. Second derivatives are the reference's.
 """
 
@@ -88,7 +89,7 @@ def whole_nt_xent_loss(views: Tensor, logit_scale: Tensor) -> Tensor | None:
 def whole_info_nce_loss(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *, in_batch: bool
 ) -> Tensor | None:
-    """Return the InfoNCE loss of a small batch, as :func:`whole_loss` does; there may be no negatives."""
+    """Return the InfoNCE loss of a small batch, as :func:`whole_loss` does; ``negatives`` may have no rows."""
     of_kind = functools.partial(_info_nce_loss_and_gradients, in_batch=in_batch)
     return _whole(of_kind, functools.partial(_info_nce_of, in_batch=in_batch), query, key, negatives, logit_scale)
 
@@ -107,8 +108,8 @@ def _nt_xent_of_views(views: Tensor, logit_scale: Tensor) -> Tensor:
 def _whole(loss_and_gradients: Callable[..., Any], loss_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor | None:
     """Return a loss of a small batch, or None if its logits need a shift.
 
-    If gradients will be needed, they are computed together with the loss, since later they would take more calls.
-    Autocast does not change anything.
+    If gradients will be needed, they are computed together with the loss, since a backward pass would take more calls
+    of PyTorch. Autocast does not change the loss or its gradients.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _with_gradients(loss_and_gradients, loss_of, *inputs)

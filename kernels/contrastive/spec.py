@@ -83,7 +83,8 @@ def floor_of(forward: float, backward: float) -> Callable[[PairShape, int, bool]
 def info_nce_floor(shape: QueueShape, itemsize: int, backward: bool) -> Floor:
     """Count the least work of InfoNCE with gradients of the queries only.
 
-    Forward, one product gives the sums. Backward recomputes it, and computes one more for the gradient of the queries.
+    In the forward pass, one product gives the sums. The backward pass recomputes it, and computes one more product for
+    the gradient of the queries.
     """
     row = shape.embed_dim * itemsize
     product, reading = 2 * shape.elements * shape.embed_dim, (2 * shape.pairs + shape.queue) * row
@@ -126,7 +127,8 @@ GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 ONE_BLOCK = ("_gradients_kernel", "_through_norm_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
 GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
-# The strips of the loss of all ranks that are predicted, and some of them, which the offline compiler compiles.
+# STRIPS are the strips of the distributed loss whose time is predicted. The offline compiler compiles three of them, the
+# SHIPPED_STRIPS, each with its mode.
 STRIPS = tuple(
     Strip(rows, pairs, width)
     for rows, pairs in ((256, 8192), (1024, 32768), (2048, 65536), (4096, 262144))
@@ -150,8 +152,8 @@ SPECS = (
         op=contrastive_loss, reference=reference.contrastive_loss, make=functools.partial(make, ("image", "text")), cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
         suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK, "_strip_products_kernel"),
-        # Forward, one product gives both log-sum-exps. Backward recomputes it, and computes one more for each of the two
-        # gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D): it may be faster than this
+        # In the forward pass, one product gives both log-sum-exps. The backward pass recomputes it, and computes one more
+        # product for each of the two gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D): it may be faster than this
         # floor if the matrix fits into memory.
         floor=floor_of(1, 3), float32=("logit_scale",),
         bench={
@@ -159,7 +161,8 @@ SPECS = (
             "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
         },
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
-        # 1001 and 9001 stand for a last batch of any size, whose rows are not aligned. fp16 is here because it scales G.
+        # 1001 and 9001 stand for a last batch of any size, whose rows are not aligned. fp16 is here because only it scales
+        # G, the gradient with respect to the logits.
         # From 8192 on, G is more than one block. The tiles of its products are turned for 640 columns.
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
@@ -184,7 +187,8 @@ SPECS = (
             "_sigmoid_pairs_kernel", "_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", "_scaled_kernel",
             *GRADIENTS[1:], *ONE_BLOCK,
         ),
-        # Forward, one product gives the loss and G, since G does not depend on a sum over logits.
+        # In the forward pass, one product gives the loss and G, the gradient with respect to the logits, since G does
+        # not depend on a sum over logits.
         floor=floor_of(1, 2), float32=("logit_scale", "logit_bias"),
         bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
@@ -210,7 +214,7 @@ SPECS = (
         op=nt_xent_loss, reference=reference.nt_xent_loss, make=functools.partial(make, ("first", "second")), cases=NT_XENT,
         small=(ViewShape(11, 6, 5.0, 0.3),),
         suite="nt_xent", torch_op="nt_xent", kernels=("_normalize_kernel", *SUMS, "_views_kernel", *GRADIENTS),
-        # Each logit serves two views, so the sums take half a product. Backward recomputes that half.
+        # Each logit serves two views, so the sums take half a product, which the backward pass recomputes.
         floor=floor_of(0.5, 1.5), float32=("logit_scale",),
         bench={"cpu": (ViewShape(2048, 512),), "cuda": (ViewShape(16384, 512), ViewShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},

@@ -157,7 +157,8 @@ def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
     mantissa, exponent = torch.frexp(total)
     distance = positive - maximum
     others = ((exponent - distance) + mantissa.log2()) * LN2  # log(others / positive)
-    # A positive that is not finite shows in the loss, even without any other logit. Beside others, -inf makes it inf.
+    # The loss shows that a positive is not finite: NaN and inf make it NaN. So does -inf in a row without other logits;
+    # beside other logits, -inf makes it inf.
     shown = positive.clamp(min=0).where(total > 0, positive)
     others = others + (shown - shown)
     inv_denom = (total + distance.exp2()).reciprocal()

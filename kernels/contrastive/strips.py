@@ -1,5 +1,7 @@
 """The product G y of a strip: G has few rows, those of one process, and many columns, those of all processes.
 
+G is the gradient with respect to the logits, and y are the features of its columns, as in ``contrastive``.
+
 Such a product has few tiles, often fewer than there are multiprocessors, and each tile has a long loop over the
 columns. Therefore the columns are cut into parts, each of which has an accumulator of its own: several programs may
 then work on one tile, and the sums have the same bits in every run. The accumulators are added up once, at the end.
