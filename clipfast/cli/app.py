@@ -15,7 +15,7 @@ from .search_arguments import add_encoder_arguments, add_folder_argument, encode
 if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so they are imported for annotations only
     from ..search.app import Desk, Pictures
 
-PORT = 7860  # the default port, which is Gradio's
+PORT = 7860  # the default port of the page, the same as Gradio's
 
 
 def add_parser(commands: Any) -> None:

@@ -38,7 +38,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        """Return INT, FLOAT or FILE for an option of such a value, in place of the option's own name."""
+        """Return INT, FLOAT or FILE as the metavar of an option with such a value, in place of the option's name."""
         if isinstance(action.type, Count):
             return "INT"
         names: dict[Any, str] = {float: "FLOAT", Path: "FILE"}
@@ -52,14 +52,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
 
     def runs(self, function: Callable[[argparse.Namespace], int], *aliases: str) -> None:
-        """Set the function that the command calls, and add ``--traceback``, which has other names in ``aliases``."""
+        """Set the function that the command calls, and add the flag ``--traceback`` with its ``aliases``."""
         self.add_argument("--traceback", *aliases, action="store_true", help="show where an error was raised")
         self.set_defaults(run=function)
 
     def parse_known_args(self, *args: Any, **options: Any) -> Any:
-        """Parse arguments as argparse does, but report unknown ones here.
+        """Parse command-line arguments as argparse does, and end with an error if some of them are unknown.
 
-        The parser of a subcommand then reports its own unknown arguments, with its own usage and suggestions.
+        argparse would pass the unknown arguments of a subcommand on to the main parser. With an error here, the
+        subcommand's parser reports them, with its own usage and suggestions.
         """
         found, left = super().parse_known_args(*args, **options)
         if left:
@@ -108,7 +109,7 @@ class Output(argparse.Action):
 
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
         """Store the value of the option, and add the output to ``outputs`` of the namespace."""
-        if values is None:  # an optional positional argument was left out, and an option with its dest has the value
+        if values is None:  # a left-out positional argument must not replace the value of an option with the same dest
             return
         setattr(namespace, self.dest, values)
         path = Path(values[-1] if isinstance(values, list) else values)

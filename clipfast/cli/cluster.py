@@ -1,4 +1,4 @@
-"""``clipfast cluster``: groups of pictures of an embedded folder that are like each other."""
+"""``clipfast cluster``: divide the pictures or the texts of an embedded folder into clusters of similar ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .search_arguments import Pictures
 
 EXAMPLES = 12  # number of pictures of each cluster on the page
-SHOWN = 60  # the table shows this many first characters of a cluster's name
+SHOWN = 60  # the table cuts the name of a cluster to this many characters
 
 
 def add_parser(commands: Any) -> None:
@@ -94,7 +94,8 @@ def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:
     """Return a name for each cluster of ``clipfast cluster`` from the metadata; "" if there is none.
 
-    It is the most frequent value of the column ``label_by``, or a caption that is nearest to the centre.
+    A cluster's name is the most frequent value of the metadata column ``label_by``. Without ``label_by``, it is the
+    caption whose text features are nearest to the centre, or, without text features, the caption of the nearest item.
     """
     from ..kernels import top_k
 

@@ -1,4 +1,4 @@
-"""``clipfast embed``: the features of pictures and texts, into a folder that is searched, filtered and looked at."""
+"""``clipfast embed``: compute the features of pictures and texts, and write them to a folder for other commands."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
     """Return the number of data workers of ``clipfast embed``.
 
-    By default it is limited by the cores, and so that batches fill at most half of the shared memory.
+    The default is limited by the CPU cores, and by shared memory, of which the workers' batches fill at most half.
     """
     if args.workers is not None:
         return int(args.workers)

@@ -326,7 +326,7 @@ def read_classnames(name: str | None) -> tuple[str, ...] | None:
 
 
 def read_texts(path: Path, flag: str = "--queries") -> tuple[str, ...]:
-    """Return the texts in a file with one text per line, which ``flag`` names.
+    """Return the texts in a file with one text per line, which is the value of the option ``flag``.
 
     Raises:
         ValueError: there is no such file, or it is empty.

@@ -88,9 +88,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def best_share(scores: Tensor, top: float) -> Tensor:
-    """Return a mask [N] of the best pairs for ``clipfast filter --top``, which is their share of all pairs, rounded up.
+    """Return a mask [N] of the pairs with the highest scores, for ``clipfast filter``.
 
-    Of equal scores, the first pairs are taken.
+    ``top`` is their share of all N pairs; their number is rounded up. Of equal scores, the first pairs are taken.
     """
     import torch
 

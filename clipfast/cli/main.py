@@ -13,8 +13,8 @@ from .. import __version__
 from ..io.text import printable
 from .arguments import Parser, run
 
-# By the name of a command: its line in ``clipfast --help``. The ``add_parser`` of its module, which is in this package,
-# adds the command's parser and sets the function ``run`` that the command calls.
+# This maps each command to its line in ``clipfast --help``. The function ``add_parser`` in the command's module, which
+# is in this package, adds the parser of the command and sets the function ``run`` that the command calls.
 COMMANDS = {
     "train": "train a model on image-text pairs",
     "status": "show how far runs are, and plot them",
@@ -37,14 +37,14 @@ COMMANDS = {
     "plan": "predict memory and time of the loss or of training",
     "doctor": "look at this machine: what it has, what is wrong, and what to do",
 }
-MODULES = {"inspect": "clipfast.bench.inspection.command"}  # modules of commands that are elsewhere
-# By the first command of each group in ``clipfast --help``: the title of the group.
+MODULES = {"inspect": "clipfast.bench.inspection.command"}  # modules of commands that are not in clipfast.cli
+# This maps the first command of each group in ``clipfast --help`` to the title of the group.
 GROUPS = {
     "train": "train", "eval": "evaluate", "embed": "search and sort pictures", "convert": "checkpoints",
     "verify": "kernels and machines",
 }  # fmt: skip
 INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
-COMPILER = "clipfast.bench.inspection.others:compiled"  # compiles other people's kernels for ``clipfast verify``
+COMPILER = "clipfast.bench.inspection.others:compiled"  # compiles the user's own kernels for ``clipfast verify``
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
 
@@ -86,7 +86,7 @@ def _complete() -> None:
 
 
 def _exit_at_once(code: int) -> NoReturn:
-    """End the ``clipfast`` process without Python's cleanup, which aborts if a thread is in C++ code."""
+    """End the ``clipfast`` process without Python's cleanup, which would abort it if a thread runs C++ code."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)
@@ -95,7 +95,7 @@ def _exit_at_once(code: int) -> NoReturn:
 def _parser(chosen: str) -> argparse.ArgumentParser:
     """Return the parser of ``clipfast``, with the parser of the chosen command.
 
-    If ``chosen`` is no command, it has an empty parser for each command, as ``clipfast --help`` needs.
+    If ``chosen`` is no command, the parser gets an empty parser for each command, which ``clipfast --help`` needs.
     """
     parser = Parser(
         prog="clipfast",

@@ -9,7 +9,7 @@ from typing import Any
 from ..train.option_checks import AUTO, flag_name
 from ..train.train_config import TrainConfig
 
-# By the first option of each group in ``clipfast train --help``: the title of the group.
+# This maps the first option of each group in ``clipfast train --help`` to the title of the group.
 GROUPS = {
     "train_data": "training data", "use_naflex": "images in their own aspect (NaFlex)", "model": "model and loss",
     "batch_size": "optimisation", "precision": "memory and speed", "fsdp": "distributed training",

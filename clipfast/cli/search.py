@@ -116,7 +116,7 @@ def query_features(
 
     Args:
         encoder: the model.
-        texts, images: equal numbers of both, a single one of either kind, or only one kind.
+        texts, images: as many texts as images, or one of either for all of the other kind, or only one kind.
         weight: weight of the picture in a pair, from 0 to 1.
 
     Raises:
@@ -160,7 +160,7 @@ def _places(embeddings: Embeddings, picture: Path) -> set[int]:
 
     if "image_path" not in embeddings.metadata.column_names:
         return set()
-    paths = embeddings.metadata.column("image_path").cast("string")  # if all values are null, it has no type yet
+    paths = embeddings.metadata.column("image_path").cast("string")  # a column of nulls has the type null, not string
     same_name = pyarrow.compute.ends_with(paths, picture.name).fill_null(False).to_numpy().nonzero()[0].tolist()
     return {place for place in same_name if (path := Path(paths[place].as_py())).is_file() and path.samefile(picture)}
 

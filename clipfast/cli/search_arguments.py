@@ -1,6 +1,6 @@
-"""The shared parts of ``clipfast search`` and other commands on a folder of embeddings.
+"""Functions that ``clipfast search`` and the other commands on a folder of embeddings share.
 
-These are their arguments, the model that made the embeddings, and the pictures of their pages.
+They add arguments to parsers, load the model that made the embeddings, and read pictures for HTML pages.
 """
 
 from __future__ import annotations

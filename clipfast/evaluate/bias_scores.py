@@ -1,6 +1,7 @@
 """Bias of a model between groups of images: accuracy, labels from an added list, and the skew of search results.
 
-Added labels follow Radford et al. 2021, section 7.1; skew is that of Geyik et al. 2019, for CLIP of Berg et al. 2022.
+Added labels follow Radford et al. 2021, section 7.1; skew is defined by Geyik et al. 2019,
+and used for CLIP by Berg et al. 2022.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from .labelled import LabelledImage, LabelledSet, Place, loader
 
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 WRONG_KEYS = ("negative_caption", "negative_captions", "false_caption", "false_captions")
-# Patterns of the names of the published files, and the names of their image folders (SugarCrepe uses COCO's val2017).
+# NAMES are patterns for the names of the benchmarks' published files, and IMAGE_FOLDERS the names of the folders with
+# their images (SugarCrepe uses COCO's val2017).
 NAMES = (
     "visual_genome_*.json", "add_*.json", "replace_*.json", "swap_*.json", "examples.jsonl", "*_karpathy_*.json",
     "flickr30k_*.json",
@@ -51,8 +52,8 @@ class Layout(NamedTuple):
         return (*self.images, *self.captions, *self.wrong)
 
 
-# The format of a record is the first one all of whose keys it has. The key "category" of SugarCrepe's records is not in
-# its files: it is added, with the name of the file.
+# A record has the first of these formats whose keys are all in the record. The key "category" is not in SugarCrepe's
+# files: ``read_cases`` adds it to each record, with the name of the file as its value.
 LAYOUTS = {
     "winoground": Layout(
         ("image_0", "image_1"), ("caption_0", "caption_1"), (), ("collapsed_tag", "tag", "secondary_tag")
@@ -135,7 +136,7 @@ def _read_records(path: Path, most: int | None = None) -> list[Record]:
     """Read the records of a compositional benchmark's file: JSON lines (the first ``most``), a list, or an object.
 
     Raises:
-        ValueError: it is not JSON, is empty, or something in it is no record.
+        ValueError: the file is not JSON, is empty, or has an element that is not an object.
     """
     try:
         with path.open(encoding="utf-8") as file:

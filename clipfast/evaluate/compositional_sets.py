@@ -124,7 +124,7 @@ def open_cases(images: LabelledSet, form: str, folder: str | None) -> CaseSet:
 
 
 def _left_out(found: LabelledFeatures) -> list[Case]:
-    """Return a case without captions for each image that could not be read, which counts it as left out."""
+    """Return a compositional case without captions, which counts as left out, for each image that could not be read."""
     return [Case(skipped.name, (number,), ()) for number, skipped in found.left_out.items()]
 
 
@@ -155,7 +155,7 @@ class _WithWrong(LabelledSet):
     """Images of a compositional set, each with its right caption first and the wrong captions after it."""
 
     def stamp(self) -> str:
-        """Return a text that changes when images or captions change; it differs from that of the same plain set."""
+        """Return a text that changes with images or captions, and differs from that of a set without wrong captions."""
         return f"with wrong captions: {super().stamp()}"
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:

@@ -1,8 +1,8 @@
 """Effective robustness: how far a model's accuracy under a distribution shift exceeds the expected one.
 
 Over many models, the log-odds of accuracy on a base set (such as ImageNet) and on a shifted set (such as ImageNet-R)
-lie near a straight line. A line that is fitted to baseline models gives the accuracy under the shift that a model's
-accuracy on the base lets one expect; its accuracy minus that is its effective robustness (Taori et al. 2020).
+lie near a straight line. A line that is fitted to baseline models predicts a model's accuracy under the shift from its
+accuracy on the base. The measured accuracy minus the predicted one is the effective robustness (Taori et al. 2020).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Point(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The line of baseline models: log-odds of accuracy under a shift = intercept + slope * those on the base.
+    """The line of baseline models: log-odds(accuracy under shift) = intercept + slope * log-odds(accuracy on the base).
 
     Attributes:
         slope, intercept: the parameters of the line.
@@ -113,7 +113,7 @@ def figures(base: float, shift: float, line: Line | None) -> dict[str, float | N
 
     Returns:
         ``drop``; ``relative_drop``, as a share of the accuracy on the base; ``expected``, the accuracy that the line
-        predicts; and ``effective``, what the model has beyond it.
+        predicts; and ``effective``, the accuracy under the shift minus ``expected``.
     """
     expected = None if line is None else line(base)
     return {
@@ -162,7 +162,7 @@ def read_points(path: Path, shifts: Sequence[str], unnamed: str) -> dict[str, li
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    """Return the rows of a file of baseline models (``--baseline``): CSV, a JSON list, or results of this task."""
+    """Return the rows of a file of baseline models (``--baseline``): CSV, a JSON list, or a file of results."""
     if path.suffix.lower() == ".csv":
         if not path.is_file():
             raise ValueError(f"there is no file {path}")

@@ -38,13 +38,15 @@ class Encoder:
 
     Attributes:
         name: the name of the model, for messages and results.
-        model: in evaluation mode; ``encode_image`` and ``encode_text`` take ``normalize=True``.
+        model: the model in evaluation mode; its ``encode_image`` and ``encode_text`` take ``normalize=True``.
         tokenizer: turns a list of texts into ids.
-        transform: turns a PIL image into a tensor [3, H, W]. With a ``patch_size``, images have several sizes.
+        transform: turns a PIL image into a tensor [3, H, W]. A transform with an attribute ``patch_size`` (NaFlex)
+            gives images of several sizes.
         device: the device of the model.
         pretrained: the name of the weights, for messages and results.
         normalize: whether the features of images are scaled to unit length.
-        image_seq_len: for a NaFlex model, the most patches of an image if the user set them; otherwise None.
+        image_seq_len: for a NaFlex model, the largest number of patches of an image, if the user set it; otherwise
+            None.
     """
 
     name: str
@@ -92,7 +94,7 @@ class Encoder:
         return cls(name, model.eval(), open_clip.get_tokenizer(theirs), transform, device, pretrained)
 
     def set_fp8(self, recipe: str | None) -> None:
-        """Let the blocks of the model multiply in 8 bits by a recipe of ``fp8_linear``; None ends it.
+        """Make the model's transformer blocks multiply in fp8 by a recipe of ``fp8_linear``; None undoes this.
 
         Raises:
             ValueError: the GPU has no fp8.
@@ -108,7 +110,8 @@ class Encoder:
         """A black image [3, H, W] of the largest size that the transform of the evaluated model returns."""
         from PIL import Image
 
-        # A NaFlex transform enlarges an image by at most 100 times, which is enough here for the most patches.
+        # A NaFlex transform enlarges an image by at most 100 times. From 64 x 64 pixels, this is enough to reach the
+        # largest number of patches.
         return self.transform(Image.new("RGB", (64, 64)))
 
     @functools.cached_property

@@ -236,7 +236,7 @@ def _for_store(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _unpacked(tensors: dict[str, Tensor], columns: dict[str, Any]) -> LabelledFeatures:
-    """Restore labelled features from what :func:`_for_store` returned, as read from the feature store."""
+    """Restore labelled features from the tensors and values of :func:`_for_store`, read from the feature store."""
     left_out = {int(number): Skipped(*skipped) for number, skipped in columns.pop("left_out").items()}
     columns["digests"] = [bytes.fromhex(digest) for digest in columns["digests"]]
     columns["captions"] = [tuple(texts) for texts in columns["captions"]]

@@ -28,8 +28,8 @@ from .labelled import LabelledSet
 from .watch import Evaluator
 from .zero_shot import Template
 
-# Entries of the configuration in which the checkpoints may differ, since features of an input do not depend on them;
-# the first checkpoint's values are used.
+# Two checkpoints may differ in these entries of the configuration, since features of an input do not depend on them.
+# The first checkpoint's values are used.
 _FREE = (
     "patch_dropout", "init_logit_scale", "init_logit_bias", "tokenizer", "image_seq_len", "enable_patch_interpolator",
 )  # fmt: skip
@@ -40,7 +40,7 @@ class Interpolation:
 
     Args:
         first, second: the checkpoints; anything that :func:`clipfast.convert_checkpoint` takes as its source. For
-            NaFlex models, the number of patches of an image is that of the first.
+            NaFlex models, the number of patches of an image is that of the first checkpoint.
         model, activation: as for :func:`clipfast.convert_checkpoint`, for checkpoints that do not tell their model.
         cache_dir: the folder of the hub's cache.
 
@@ -138,7 +138,7 @@ def evaluate_path(
 
     Args:
         models: the models.
-        alphas: from 0 to 1.
+        alphas: the shares of the second checkpoint in the weights, from 0 to 1.
         data: the sets by name.
         templates, classnames: as :func:`~clipfast.evaluate.evaluate.evaluate` takes them.
         batch_size: images to encode at once.

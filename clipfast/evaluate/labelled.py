@@ -22,7 +22,7 @@ from ..models.images import SampleError, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-CHECKED = 64  # a set raises an error at the start if not one of this many first images is usable
+CHECKED = 64  # ``LabelledSet.check`` raises an error if none of this many first images is usable
 CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # the key "race+gender" makes groups such as "White + Male"
 
 
@@ -50,9 +50,9 @@ class LabelledImage:
         return self.captions[0]
 
 
-# The name of an image, and a function that decodes it.
+# A loader is the name of an image, and a function that decodes the image.
 Loader = tuple[str, Callable[[], LabelledImage]]
-# A function that reads the sample at one position of a set, and returns its loader.
+# A place is a function that reads the sample at one position of a labelled set, and returns the image's loader.
 Place = Callable[[], Loader]
 
 
@@ -122,7 +122,7 @@ class LabelledSet:
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def places(self) -> list[Place]:
-        """Return a function for each position of the labelled set that reads its image, whatever ``numbers`` are.
+        """Return, for each position of the labelled set, a function that reads its image; ``numbers`` is ignored.
 
         Raises:
             ValueError: the set cannot be read, or a class has no images.
@@ -156,7 +156,7 @@ class LabelledSet:
         return repr((self.data, self.group_by, self.label_by, self.keys, self.separator, files))
 
     def digest(self) -> str:
-        """Return the SHA-256 of :meth:`stamp`, by which the feature store identifies the set; errors are the same."""
+        """Return the SHA-256 of :meth:`stamp`, by which the feature store identifies the set; raise the same errors."""
         return hashlib.sha256(self.stamp().encode()).hexdigest()
 
     def _root_of_classes(self) -> Path | None:
@@ -175,7 +175,7 @@ class LabelledSet:
         return open_sources(names, index=IndexCache(separator=self.separator))
 
     def _samples(self, source: Source) -> Iterator[Place]:
-        """Yield a function for each image of a source's shards that reads it, or raises an error if it is damaged."""
+        """Yield a function for each image of a source's shards that returns its loader, which fails for a lost pair."""
         numbers = itertools.count()
         for shard in source.shards:
             for number in itertools.islice(numbers, shard.count):

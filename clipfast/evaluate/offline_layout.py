@@ -150,7 +150,7 @@ class Layout(NamedTuple):
     Attributes:
         sets: the sets that can be evaluated.
         problems: the incomplete sets, with the reasons.
-        missing: the names of the wanted sets that are not there; all known sets are wanted by default.
+        missing: the names of the wanted sets that the folder lacks; by default, all known sets are wanted.
     """
 
     sets: list[OfflineSet]
@@ -204,7 +204,8 @@ def _folder(name: str) -> str:
 def _name(folder: str) -> str:
     """Return the CLIP_benchmark name of the set in a folder: "wds_vtab-dtd" -> "vtab/dtd".
 
-    A "-" in the name of a folder may stand for "/" or for itself, which the known names decide.
+    A "-" in the name of a folder stands for "/" or for itself. For known sets, their names decide; for other sets, only
+    the "-" after "vtab" stands for "/".
     """
     known = {_folder(name): name for name in KNOWN}
     short = folder.removeprefix(PREFIX)

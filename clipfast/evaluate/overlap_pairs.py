@@ -105,7 +105,7 @@ def half_size(image: Image.Image) -> Image.Image:
 
 
 def crop(image: Image.Image) -> Image.Image:
-    """Cut 1/32 of its size, at least a pixel, from each side of an image, as a copy that the detector should find."""
+    """Crop 1/32 of an image, at least a pixel, at each side, as an edited copy that the detector should find."""
     x, y = (max(1, side // 32) if side > 2 else 0 for side in image.size)
     return image.crop((x, y, image.width - x, image.height - y))
 
@@ -152,7 +152,8 @@ def planted(
     drawn = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
     part = images.only([test.numbers[place] for place in drawn.tolist()])
     encoders = [PreparedEncoder.of(detector, edit) for edit in EDITS.values()]
-    edited = encode_set(encoders, part, batch_size=32, workers=workers)  # small, since it holds all edits of an image
+    # The batch is small, since it holds all edited copies of its images at once.
+    edited = encode_set(encoders, part, batch_size=32, workers=workers)
     originals, rows = test.features[drawn].to(detector.device), []
     for name, found in zip(EDITS, edited, strict=True):
         similarity = torch.maximum(pairs.similarity, nearest(test.features, found.features)[0][:, 0])

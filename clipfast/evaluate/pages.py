@@ -15,7 +15,7 @@ from .overlap_pairs import LEVEL, Pairs
 from .suite import label
 
 EXAMPLES = 6  # the zero-shot page shows at most this many images of each of the worst classes
-BELOW = 4  # on the overlap page, 1 in 4 pairs is one below the threshold
+BELOW = 4  # on the overlap page, one in this many pairs is below the threshold
 MOST_GROUPS = 12  # the compositional page shows pictures of the largest groups of cases, at most this many
 INTERVALS = "95% intervals in brackets."
 
@@ -162,8 +162,8 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
     )
     title = f"Compositional: {results['model']} on {results['data']}"
     parts = [section(title, about, level=1), table(compositional_rows(results))]
-    # Cases may be divided into groups in several ways. The page has a section for each group of the first of them, and
-    # a single one for cases that are not divided.
+    # A benchmark may divide its cases into groups by several keys. The page has a section for each group of the first
+    # key, or a single section for all cases if there is no key.
     division = next((name for name in results["groups"] if any(name in one.case.groups for one in judged)), None)
     members: dict[str, list[Judged]] = {}
     for one in judged:
@@ -185,7 +185,8 @@ def compositional_page(results: dict[str, Any], images: LabelledSet, judged: Seq
 def chosen(members: Sequence[Judged], examples: int) -> list[Judged]:
     """Choose compositional cases to show on a page, half of them right and half wrong if there are enough of both.
 
-    The first case has the largest margin between the captions, right or wrong, and the last one the smallest.
+    The right cases and the wrong cases each begin with the largest margin between the right caption and the best wrong
+    one, and end with the smallest.
     """
     right, wrong = ([one for one in members if one.verdicts["acc"] == is_right] for is_right in (True, False))
     of_wrong = min(len(wrong), max(examples // 2, examples - len(right)))

@@ -16,7 +16,7 @@ from .labelled import LabelledImage
 
 RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
 MOST_CURVES = 12  # the legend names single curves only if there are at most this many; otherwise only means
-# Each panel of the plot: its title, the key of its metric in ``metrics.jsonl``, and a factor on the metric.
+# Each panel in the plot of runs: its title, the key of its metric in ``metrics.jsonl``, and a factor on the metric.
 PANELS = (
     ("training loss", "loss", 1.0), ("learning rate", "lr", 1.0), ("logit scale", "logit_scale", 1.0),
     ("pairs per second", "pairs_per_second", 1.0), ("waiting for data, %", "data_wait", 100.0),
@@ -96,7 +96,7 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
     """Plot the metrics of a run's checkpoints (``clipfast eval ... --watch``) over the steps of training.
 
     Args:
-        points: pairs of a step and the shares after it by name, in any order.
+        points: pairs of a step and the metrics after that step by name, from 0 to 1; in any order.
         title: the title of the picture.
         path: the file to write.
     """
@@ -193,7 +193,7 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
 
 
 def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot zero-shot accuracy of interpolated models over alpha; for several sets, also over that on the first set.
+    """Plot zero-shot accuracy of interpolated models over alpha, and over accuracy on the first of several sets.
 
     Args:
         rows: as :func:`~clipfast.evaluate.interpolation.evaluate_path` yields them.

@@ -1,6 +1,6 @@
 """Linear probes on image features: logistic regression with an L2 penalty, by scikit-learn or PyTorch.
 
-Over a training set of N samples, both minimise
+Over a training set of N samples, both solvers minimise
 
     mean of cross_entropy(x @ weights + bias)  +  |weights|^2 / (2 * C * N)
 
@@ -157,9 +157,9 @@ class TorchSolver:
         return Classifier(torch.cat([weights, bias]), iterations, converged)
 
     def _minimize(self, solution: Tensor, weight: float, most: int) -> tuple[Tensor, int]:
-        """Fit the linear probe by L-BFGS from ``solution`` [D + 1, K]; return the new one, and the iterations.
+        """Fit the linear probe by L-BFGS, starting at ``solution`` [D + 1, K].
 
-        If these are fewer than ``most``, L-BFGS has converged.
+        Return the new solution and the number of iterations. If it is less than ``most``, L-BFGS has converged.
         """
         scale = self._curvature(solution, weight).rsqrt()
         point = (solution / scale).requires_grad_()
@@ -206,7 +206,7 @@ class TorchSolver:
 
 
 class ScikitLearnSolver:
-    """scikit-learn's logistic regression by L-BFGS; arguments are those of :class:`TorchSolver`."""
+    """Fits a linear probe to the training set ``train`` by scikit-learn's logistic regression (L-BFGS), on the CPU."""
 
     def __init__(self, train: Samples) -> None:
         # Without the mean of the features, which the bias absorbs afterwards, the solver converges faster.
@@ -328,8 +328,8 @@ def fit_probe(
     """Fit a linear probe; return the :class:`Probe`, the training set without validation, the classifier, and its C.
 
     Args:
-        samples: the sets "train" and perhaps "val", which chooses C; without it, a part of "train" is held out for
-            that.
+        samples: the sets "train" and perhaps "val", which chooses C; without "val", a part of "train" is held out to
+            choose C.
         classnames: the labels of the training set.
         solver, device: as :func:`make_solver` takes them.
         seed: the seed of the part that is held out.
@@ -346,7 +346,7 @@ def fit_probe(
 
 
 def draw(train: Samples, shots: int, seed: int) -> Samples:
-    """Draw ``shots`` training images of each class, or all that it has.
+    """Draw ``shots`` training images of each class, or all images of a class that has fewer.
 
     With the same seed, the images of fewer shots are among those of more.
     """

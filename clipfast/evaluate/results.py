@@ -6,7 +6,7 @@ from typing import Any
 
 from ..io.text import printable
 
-DEFAULT_TEMPLATES = "plain"  # the default templates of all commands and of the app
+DEFAULT_TEMPLATES = "plain"  # the default prompt templates of all commands and of the app
 
 
 def report_left_out(skipped: Iterable[object], command: str = "eval", most: int = 20) -> None:

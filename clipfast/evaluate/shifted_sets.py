@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OBJECTNET = "objectnet"
-# By the name of a shift, the names of its image folder in the published archive, or as a download script writes it.
+# This maps the name of a shift to the names that its image folder has in the published archive or after a download
+# script.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "imagenet-v2": V2_FOLDERS,
     "imagenet-a": ("imagenet-a",),

@@ -2,9 +2,9 @@
 
 A strength has the same effect on images of every size. Lengths are shares of the shorter side. Noise and JPEG are
 computed on a grid of 224 pixels and scaled to the image: the grains of noise and the blocks of JPEG keep their size
-relative to the image. For a smaller image the grid is the geometric mean of 224 and its own size, which makes both
-weaker, but does not average them away. Random draws depend on the pixels of the image, the shift and the seed: they are
-the same in every process, and a larger strength uses the same draws.
+relative to the image. For a smaller image the grid is the geometric mean of 224 and its own size, which makes noise and
+JPEG weaker, but does not average them away. Random draws depend on the pixels of the image, the shift and the seed:
+they are the same in every process, and a larger strength uses the same draws.
 """
 
 from __future__ import annotations

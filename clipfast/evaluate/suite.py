@@ -187,7 +187,7 @@ class ResultFolder:
         return found
 
     def read(self, one: OfflineSet, task: str, model: int) -> dict[str, Any] | None:
-        """Read the suite's result of a model on a task; None without one of this data, weights and settings."""
+        """Read the suite's result of a model on a task; None if missing, or of other data, weights or settings."""
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.path(one, task, model).read_text("utf-8"))
             if isinstance(found, dict) and found.get("made_of") == self.made_of(one, task, model):

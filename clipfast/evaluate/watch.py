@@ -70,7 +70,7 @@ class CheckpointModel:
             self._encoder = Encoder(str(source), model, tokenizer, transform_of(model, uint8=True), self.device)
             self._config = config
         load_weights(self._encoder.model, checkpoint, source)
-        # A new object is returned, since the digest that an encoder caches is that of the weights before.
+        # Each checkpoint gets a new encoder, since an encoder caches the digest of the weights that it had first.
         return dataclasses.replace(self._encoder, name=str(source))
 
 
@@ -151,7 +151,7 @@ class Watch:
         shown: selects the results for TensorBoard, the plot and the terminal.
 
     Attributes:
-        lines: the lines of the file whose settings are the same.
+        lines: the lines of the file whose settings equal ``settings``.
     """
 
     def __init__(
@@ -208,8 +208,8 @@ class Watch:
     def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
         """Evaluate a checkpoint of the watched run and record the result.
 
-        Return None if it is damaged, if its weights were evaluated before under another name, or if training has
-        removed or replaced the file, which a later check then finds under its name.
+        Return None if the checkpoint is damaged, if its weights were evaluated before under another name, or if
+        training has removed or replaced the file; a later check finds a new file of the same name.
         """
         try:
             # The optimizer's state is not read, since it may be twice the size of the weights.
@@ -248,7 +248,7 @@ class Watch:
 
 
 def follow(watch: Watch, interval: float, title: str, plot: Path | None = None) -> None:
-    """Print a line for each checkpoint of a watched run, and update the plot of all, until it is finished or Ctrl-C.
+    """Print a line for each checkpoint of a watched run, and update their plot, until the run is finished or Ctrl-C.
 
     Args:
         watch: evaluates the checkpoints.

@@ -40,8 +40,8 @@ def encode_texts(
 ) -> Tensor:
     """Return the normalised features [len(texts), embed_dim] of texts, such as zero-shot prompts.
 
-    Padding is cut off if the model declares that it does not read it (``reads_padding``), as other packages' models do
-    not. For a GPU, texts are packed if the model takes them so.
+    Texts are packed if the model takes packed texts and packing saves enough work. Otherwise padding is cut off if the
+    model's ``reads_padding`` is False; models of other packages have no such attribute, and get all padding.
     """
     ids = tokenizer(texts)
     given: Tensor | PackedText = ids
@@ -79,8 +79,8 @@ def build_zero_shot_classifier(
     """Return classifier weights: the mean of each class's prompt features, scaled to unit length.
 
     Args:
-        model: must be in evaluation mode.
-        tokenizer: of the model, as :func:`clipfast.get_tokenizer` returns it.
+        model: the model, which must be in evaluation mode.
+        tokenizer: the model's tokenizer, as :func:`clipfast.get_tokenizer` returns it.
         classnames: one name per class.
         templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
         num_classes_per_batch: number of classes to encode at once, each with all templates.

@@ -157,7 +157,8 @@ class Desk:
         Args:
             words: the query, or "".
             picture: the path of the uploaded picture, or None.
-            weight: if there are words too, the weight of the picture's features, from 0 to 1; the words have the rest.
+            weight: with words and a picture, the weight of the picture's features, from 0 to 1; the features of the
+                words have the weight ``1 - weight``.
             where: a filter expression on the metadata, or "".
             k: the number of items to find.
 

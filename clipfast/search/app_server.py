@@ -61,7 +61,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware that lets only requests of the app's own page pass to Gradio, and for no files but uploads.
+    """ASGI middleware that passes only requests of the app's own page to Gradio, and none for files but uploads.
 
     Without it, a page of another origin could send requests to this machine, though it could not read the answers.
 
@@ -91,8 +91,8 @@ class Guard:
     def _may_ask(self, scope: Message) -> bool:
         """Return whether a request to the app is allowed.
 
-        It must come from the app's own page, a link to it, or a program, ask for no file except uploads, and post only
-        to the paths that the page uses.
+        An allowed request comes from the app's own page, from a link to the page, or from a program. It asks for no
+        file except uploads, and posts only to the paths that the page uses.
         """
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
@@ -138,7 +138,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
 
     Args:
         desk: the functions that answer requests.
-        title: the title of the page, as plain text.
+        title: the HTML at the top of the page; text in it must be escaped already.
         port: the port to listen on.
         browser: whether to open the page in the user's browser.
     """

@@ -76,7 +76,8 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
         about: dict[str, Any] = json.loads(note.read_text("utf-8"))
         if about.get("stamp") == stamp:
             return faiss.read_index(str(path)), about
-    # The description is written last, and removed before the index is replaced, so that an index with one is complete.
+    # The description is written last, and removed before the index is replaced. Therefore an index with a description
+    # is complete.
     note.unlink(missing_ok=True)
     features = embeddings.of_kind(kind)
     if features is None:
@@ -103,7 +104,7 @@ def _drop_left(homes: Path) -> None:
 
 
 def _stamp(folder: Path, kind: str) -> str:
-    """Return a hash of the embedding files' names, sizes and times; a cached index with another one is out of date."""
+    """Return a hash of the embedding files' names, sizes and times; a cached index with another hash is out of date."""
     part = IMAGES if kind == "image" else TEXTS
     paths = [folder / ABOUT, *sorted((folder / part).glob(f"{part}_*{SUFFIXES[part]}"))]
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
@@ -119,7 +120,8 @@ def sample(features: Tensor) -> Tensor:
 def make_index(features: Tensor, queries: Tensor) -> tuple[Any, dict[str, Any]]:
     """Build a faiss index, which searches as many of its lists as it needs for a recall of 95% on some queries.
 
-    There are about 4 sqrt(N) lists. Features are stored in float32, or in 8 bits from five million items on.
+    The index has about 4 sqrt(N) inverted lists. Features are stored in float32, or from five million items on in 8
+    bits.
 
     Args:
         features: the features of the items [N, D].

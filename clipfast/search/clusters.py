@@ -97,7 +97,7 @@ class _Work:
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
         """Return, for each feature, the index of the nearest of the ``centres`` [k, D], and the cosine with it, [N].
 
-        If several are equally near, it is the first.
+        If several centres are equally near, the first of them is taken.
         """
         found = [(self.block(rows) @ centres.T).max(dim=1) for rows in self.blocks]
         return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])

@@ -123,7 +123,7 @@ def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]])
 def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
     """Return a number for each item, higher where ``keep`` prefers it among duplicates, and a text of the reason.
 
-    The number is None if the first item of a group is preferred. The text has a place for the number.
+    If the first item of a group is preferred, the numbers are None. Otherwise the text has a format field for a number.
 
     Raises:
         ValueError: features or columns that ``keep`` needs are missing.

@@ -37,10 +37,10 @@ class Embeddings:
     """Features of images, of texts, or of both for each item, with a table of metadata.
 
     Args:
-        features: of the images, [N, D] in float32 or float16; None if there are only texts.
+        features: the features of the images, [N, D] in float32 or float16; None if there are only texts.
         metadata: a table with a row for each item, or its columns by their names. Without it, there is one column,
             ``key``, with the number of each item.
-        text_features: of the texts, [N, D] in the same dtype; None if there are only images.
+        text_features: the features of the texts, [N, D] in the same dtype; None if there are only images.
         about: the model, the source and the options that made the features, as plain values.
 
     Raises:
@@ -160,7 +160,7 @@ class Embeddings:
         self._joined.clear()
 
     def save(self, folder: str | Path, *, part_size: int = PART_SIZE) -> None:
-        """Write the embeddings to a folder in clip-retrieval's layout; into the folder they came from, only new items.
+        """Write the embeddings to a folder in clip-retrieval's layout; the folder they came from gets only new items.
 
         If the process is killed, a new folder is complete or absent, and so are new items in an existing folder.
 

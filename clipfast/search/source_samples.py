@@ -40,7 +40,7 @@ OWN = {
     "width": "int64",
     "height": "int64",
 }
-OF_IMAGES = ("image_path", "width", "height")  # those of them that exist only if images are embedded
+OF_IMAGES = ("image_path", "width", "height")  # the columns of OWN that exist only if images are embedded
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "equal", ast.NotEq: "not_equal", ast.Lt: "less", ast.LtE: "less_equal", ast.Gt: "greater",
     ast.GtE: "greater_equal", ast.In: "contains",
 }  # fmt: skip
-WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # by word of an expression: its Python operator
+WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # Python's operator for each word of an expression
 BOOLEANS = {"true": True, "false": False}
 TOKEN = re.compile(r"""
     (?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")

@@ -1,4 +1,4 @@
-"""``clipfast eval compositional``: whether a model tells a right caption from one of almost the same words."""
+"""``clipfast eval compositional``: whether a model tells a right caption from a wrong one of almost the same words."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these modules load PyTorch, which --help must not do, so th
 
 FORMATS = ("auto", "aro", "sugarcrepe", "winoground", "order", "pairs", "shapes")
 NAMED = 20  # a message names at most this many cases that were left out
-ATTRIBUTES, FEWEST = "attributes", 25  # ARO takes its mean over the attributes with at least this many cases
+ATTRIBUTES, FEWEST = "attributes", 25  # ARO takes the mean over the attributes with at least FEWEST cases
 EPILOG = """\
 examples:
   clipfast eval compositional --model local-dir:runs/shapes --data shapes --table --html shapes.html

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     images = labelled_set(args)
-    # The training data need not have the keys of the test data.
+    # Labels and groups of the training images are not used, and their data may lack the keys of the test data.
     known = dataclasses.replace(labelled_set(args, args.train_data), label_by=None, group_by=None)
     from ...evaluate.classification import classify
     from ...evaluate.encoder import PixelEncoder

@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from .robustness_results import judge, lines_of, read_baselines, results_of, table
 
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
-    if not args.baseline_model:  # raises an error for too few baseline models; those evaluated here would come later
+    # Too few baseline models are an error before images are encoded; --baseline-model adds models only after that.
+    if not args.baseline_model:
         lines_of(baselines)
     named = named_models([*args.model, *args.baseline_model], args.pretrained)
     with session(args, named) as at:

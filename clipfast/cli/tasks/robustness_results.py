@@ -118,8 +118,8 @@ def judge(
 
     Args:
         model: name and weights of the model.
-        base: its features of the base set.
-        natural: for each shifted set, the classes that it shares with the base set, and its features.
+        base: the model's features of the base set.
+        natural: for each shifted set, the classes that it shares with the base set, and the model's features of it.
         synthetic: the predictions on the base set under each synthetic shift.
         classifier: zero-shot weights [D, classes of the base set].
     """
@@ -134,7 +134,7 @@ def judge(
 
 
 def all_classes(images: LabelledFeatures, classifier: Tensor) -> Classified:
-    """Classify images of ``clipfast eval robustness`` by all classes of the classifier, the labels of the images."""
+    """Classify images for ``clipfast eval robustness`` by a classifier with a column for each of their classes."""
     return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
 
 
@@ -175,8 +175,8 @@ def results_of(
     Args:
         args: arguments of the command.
         models: predictions of the models to judge.
-        baseline_models: predictions of baseline models that were evaluated here.
-        baselines: points of other baseline models.
+        baseline_models: predictions of the baseline models that this command evaluated (``--baseline-model``).
+        baselines: by shift, the accuracies of the baseline models in files (``--baseline``).
         sources: sources of the shifted sets.
 
     Raises:

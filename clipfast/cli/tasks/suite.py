@@ -149,7 +149,10 @@ def report(problem: Problem) -> None:
 def _evaluate(
     sets: Sequence[OfflineSet], folder: ResultFolder, store: FeatureStore | None, world: World
 ) -> list[Problem]:
-    """Evaluate the sets that lack results of ``clipfast eval suite``, write these, and return problems on rank 0."""
+    """Evaluate the sets that lack results of ``clipfast eval suite``, and write the results.
+
+    On rank 0, return the problems, each with its set and its reason.
+    """
     from ...evaluate.offline_layout import Problem
     from ...evaluate.suite import evaluate_set, problems_of
 

@@ -20,7 +20,7 @@ from ..eval_arguments import (
     write_results,
 )
 
-COMPARED = ("plain", "simple", "openai")  # the templates of --compare-templates, which are 1, 7 and 80
+COMPARED = ("plain", "simple", "openai")  # the sets of 1, 7 and 80 prompt templates for --compare-templates
 # Options that cannot be used with --watch.
 NOT_WATCHED = (
     "model",
@@ -146,7 +146,7 @@ def _table(results: dict[str, Any]) -> str:
             top1 = percent(one["top1"], of_share(one["top1"], one["images"]))
             rows.append([name, f"{one['images']:,}", top1, f"{one['top5']:.1%}"])
         parts.append(align(rows, right=(1,)))
-    # With one image in each class, every recall would be 0 or 1.
+    # With one image in each class, every recall is 0 or 1, so a table of the worst classes would say nothing.
     if results["images"] > results["classes"] and results["worst_classes"]:
         worst = [["worst classes", "images", "acc1", "taken for"]]
         for row in results["worst_classes"]:
