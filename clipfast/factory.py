@@ -30,12 +30,13 @@ PRECISIONS = {
     "pure_bf16": torch.bfloat16,
     "pure_fp16": torch.float16,
 }
-# This maps the other precisions to the dtype of the weights of matrix products. Norms, embeddings and logit_scale stay
-# in float32.
+# This maps the precisions that give only the weights of matrix products a lower dtype to that dtype. Norms, embeddings
+# and logit_scale stay in float32.
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
 _NO_SOUND = "clipfast builds no models of sound"
-# Further arguments of OpenCLIP's entry points: the values that change nothing, and the reason for refusing all others.
+# Further arguments of OpenCLIP's entry points: for each, the values that change nothing in clipfast, and the reason why
+# all other values are refused.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
     "pretrained_image_path": ((None,), _NO_TOWER_WEIGHTS),
@@ -78,10 +79,11 @@ def create_model(
     """Build a model with random weights, or with weights of a tag, a file, or a repository on the Hugging Face hub.
 
     Args:
-        model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` or ``FOLDER`` for a folder with
-            ``open_clip_config.json`` and its weights, of transformers' CLIPModel, or of a run, whose newest checkpoint
-            is used if it is not finished; ``hf-hub:ORG/REPO`` or ``ORG/REPO`` for a repository of either kind; or the
-            path of a clipfast checkpoint, which holds its own configuration; or the result of ``resolve_source``.
+        model_name: a name from :func:`clipfast.list_models`; the path of a clipfast checkpoint, which holds its own
+            configuration; ``hf-hub:ORG/REPO`` or ``ORG/REPO`` for a repository, or ``local-dir:FOLDER`` or ``FOLDER``
+            for a folder, with ``open_clip_config.json`` and weights, or with a CLIPModel of transformers; the folder of
+            a training run, whose newest checkpoint is used if the run is not finished; or the result of
+            ``resolve_source``.
         pretrained: for a model with a name, one of its tags (:func:`clipfast.list_pretrained`); or the path of a
             checkpoint (``.pt``, ``.bin`` or ``.safetensors``). The weights of a tag that were trained with QuickGELU
             make the model one with QuickGELU, with a warning if its name does not say so.
@@ -97,7 +99,8 @@ def create_model(
             are resized to it.
         force_image_seq_len: largest number of patches of an image in evaluation, in place of the configuration's, for
             NaFlex models.
-        force_context_length: tokens of a text, in place of the configuration's; positions are resized likewise.
+        force_context_length: tokens of a text, in place of the configuration's; the positions of texts in a checkpoint
+            are resized to it.
         force_preprocess_cfg: any of mean, std, interpolation and resize_mode, in place of those of the weights.
         cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
         require_pretrained: refuse a model without weights to load.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # PyTorch is imported only where it is used, because that takes longer than all other work here
+if TYPE_CHECKING:  # functions import PyTorch where they use it, as the import takes longer than all other work here
     import torch
 
 ROOT = Path("/")

@@ -96,7 +96,7 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 
 
 def apply_to_model(model: Any, names: Sequence[str]) -> str:
-    """Replace the parts ``names`` in a model of OpenCLIP for ``clipfast.run``; return a line that counts the places.
+    """Replace the parts ``names`` in a model of OpenCLIP for ``clipfast.run``; return a line with counts of modules.
 
     A model is not changed if nothing in it can be replaced, as in a TorchScript model, or if it comes from a later
     version of OpenCLIP and lacks something that our code uses: the program continues with the original.
@@ -229,7 +229,7 @@ class ImportHook(MetaPathFinder):
             _say(f"the program did not import {', '.join(never)}, so nothing was replaced there")
 
     def _replace(self, module: ModuleType) -> None:
-        """Replace the parts of a module of OpenCLIP that ``clipfast.run`` has waited for."""
+        """Replace the parts of a module of OpenCLIP after its import."""
         for replace, names in self.waiting[module.__name__].items():
             said = replace(module, names)
             if module.__name__ not in self.done:  # importlib.reload executes a module again: then nothing is printed
@@ -259,7 +259,7 @@ def _say(text: str) -> None:
 
 
 def _leaves(names: Sequence[str]) -> str:
-    """Return advice for users: the environment variable by which ``clipfast.run`` leaves these parts of OpenCLIP."""
+    """Return a hint for users: the environment variable that keeps ``clipfast.run`` from replacing these parts."""
     return f"to leave them: {VARIABLE}={','.join(names)}"
 
 
@@ -290,7 +290,7 @@ def _module_runner(name: str) -> Callable[[], object]:
     """
     if name.startswith("-"):
         raise ValueError(f"there is no option {name}: the first argument is a module or a script (see --help)")
-    top = name.partition(".")[0]  # only the package is looked up, because find_spec of a submodule would import it
+    top = name.partition(".")[0]  # find_spec of a submodule would import the package, so only the package is looked up
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"there is no module {top!r} in {os.getcwd()} or sys.path; a script is given as ./{name}")
     return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)

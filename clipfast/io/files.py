@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's prefix for the paths of folders
-MAX_SETTINGS = 1 << 26  # limit in bytes of a JSON file of settings; the largest list the tensors of sharded weights
-MAX_MEMBER = 1 << 28  # limit in bytes of a file of a pair (such as an image), because it is read into memory
+MAX_SETTINGS = 1 << 26  # limit in bytes of a JSON file of settings, such as the index of sharded weights (the largest)
+MAX_MEMBER = 1 << 28  # limit in bytes of a file of an image-text pair, such as the image; it is read into memory
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# This maps each file that ``together`` holds back to its temporary file, or to None until that is written.
+# For each path that ``together`` puts in place at the end, this has its temporary file or folder, or None until that is
+# written.
 _held: dict[Path, Path | None] = {}
 
 
@@ -117,7 +118,7 @@ def together(paths: Iterable[Path]) -> Iterator[None]:
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Move a temporary file or folder into place and sync it; if ``together`` holds it back, only note its path."""
+    """Move a temporary file or folder to ``path`` and sync it; only note it if ``together`` is to do that later."""
     if path.absolute() in _held:
         _held[path.absolute()] = temporary
         return

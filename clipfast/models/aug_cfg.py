@@ -10,7 +10,8 @@ from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .images import DEFAULT_RATIO, make_transform
 
 _KNOWN = ("scale", "ratio", "color_jitter", "color_jitter_prob", "gray_scale_prob")
-# OpenCLIP passes these settings on to timm, and so they are refused here, except for two of them for NaFlex.
+# OpenCLIP passes these settings on to timm, and so clipfast refuses them, except for ``use_timm`` and ``naflex`` if the
+# image tower is NaFlex.
 _TIMM_ONLY = ("re_prob", "re_count", "use_timm", "naflex")
 
 

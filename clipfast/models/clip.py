@@ -105,7 +105,7 @@ class CLIP(nn.Module):
         check_text(text, self.context_length, may_be_packed=not self.reads_padding)
         if isinstance(text, PackedText):
             refuse_foreign(self.transformer)
-        elif can_be_packed(text) and self.takes_packed():  # the first of the two questions is the shorter one
+        elif can_be_packed(text) and self.takes_packed():  # can_be_packed comes first because it takes less time
             text = pack_if_shorter(text)
         # argmax finds the end-of-text token, which has the highest id of the vocabulary.
         rows = text if isinstance(text, PackedText) else text.argmax(-1)
@@ -114,7 +114,7 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def takes_packed(self) -> bool:
-        """Return whether texts may be packed: ``pack_text`` is set, and no hook or module of a user would see it."""
+        """Return whether texts may be packed: ``pack_text`` is set, and no hook or module of a user sees the tokens."""
         if not self.pack_text or self.reads_padding or not is_plain(self.token_embedding, nn.Embedding):
             return False
         # A subclass that changes the embedded texts, as learned prompts do, expects [B, L, width].
@@ -264,7 +264,7 @@ class CLIP(nn.Module):
         """
         if impl != "inline":
             raise ValueError(f"set_grad_checkpointing: impl must be 'inline', got {impl!r}")
-        for module in self.modules():  # the stacks of blocks have this attribute
+        for module in self.modules():  # the stacks of blocks have the attribute ``grad_checkpointing``
             if hasattr(module, "grad_checkpointing"):
                 vars(module)["grad_checkpointing"] = "selective" if enable and selective else enable
 
@@ -277,13 +277,13 @@ class CLIP(nn.Module):
     def set_fp8(self, recipe: str | None, skip: tuple[int, int] = (0, 1)) -> None:
         """Let the linear layers of transformer blocks multiply in 8 bits (fp8), forward and backward.
 
-        On a CPU this is emulated exactly, so it shows what training loses by 8 bits, and takes longer. Weights keep
-        their dtype; they are quantised in each forward pass.
+        On a CPU, the products in 8 bits are emulated exactly: a step takes longer, and shows the effect of 8 bits on
+        the loss. Weights keep their dtype; they are quantised in each forward pass.
 
         Args:
             recipe: "switchback" computes the gradients of weights in 16 bits, "full" in 8 bits too; None ends it.
-            skip: the numbers of the first and of the last blocks of each tower that keep 16 bits. A tower that reads
-                one row, such as the class token, computes the last block only for that row, as long as it keeps 16
+            skip: how many of the first and how many of the last blocks of each tower keep 16 bits. A tower that reads
+                one row, such as the class token, computes the last block only for that row, unless this block is in 8
                 bits.
 
         Raises:

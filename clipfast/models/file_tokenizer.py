@@ -201,7 +201,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _clean_text(text: str, clean: str) -> str:
-    """Clean a text like OpenCLIP's function of this name; "canonicalize" is big_vision's cleaning for SigLIP."""
+    """Clean a text as OpenCLIP's tokenizer does for the value ``clean``; "canonicalize" is big_vision's for SigLIP."""
     text = unescaped(text)
     if clean == "canonicalize":
         text = text.replace("_", " ").translate(_NO_PUNCTUATION)

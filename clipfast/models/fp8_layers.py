@@ -1,11 +1,12 @@
-"""The linear layers of a transformer block in 8 bits (fp8), for :mod:`.whole_block`, with the bits of ``fp8_linear``.
+"""Linear layers of a transformer block in 8 bits (fp8), for :mod:`.whole_block`; their results equal ``fp8_linear``'s.
 
-A block multiplies in 8 bits where :meth:`clipfast.models.CLIP.set_fp8` has set a recipe as the attribute ``fp8`` of its
-attention and of its MLP. Then its four linear layers do: the projections to queries, keys and values and from the
-heads, and the two of the MLP. A layer that is not plain, such as an adapter's, and all else keep their dtype.
+A block multiplies in 8 bits if :meth:`clipfast.models.CLIP.set_fp8` has set a recipe as the attribute ``fp8`` of its
+attention and of its MLP. Then four linear layers do so: the projection to queries, keys and values, the output
+projection of attention, and the two layers of the MLP. A linear layer that is not plain, such as an adapter's, keeps
+its dtype, and so do all other ops.
 
-Weights are quantised in each forward pass, for it and its backward pass. So no copy in 8 bits outlives an update of the
-weights, and checkpoints hold none.
+Weights are quantised in each forward pass, for this pass and its backward pass. So no copy in 8 bits outlives an update
+of the weights, and checkpoints hold none.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +45,10 @@ def check_recipe(recipe: str | None, skip: tuple[int, int], names: tuple[str, st
 
 
 def quantized(weights: Sequence[Tensor]) -> list[Fp8Weight]:
-    """Return a block's weights [N, K] in 8 bits; without gradients, the rows of each take the place of its columns."""
+    """Return the weights [N, K] of a block's linear layers in 8 bits.
+
+    Only the backward pass reads the columns of a weight. If no gradients are recorded, its rows fill their place.
+    """
     found: list[Fp8Weight] = []
     plans = plans_of(quantized, weights[0].device, *[(weight.shape, weight.dtype) for weight in weights])
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
@@ -59,7 +63,11 @@ def quantized(weights: Sequence[Tensor]) -> list[Fp8Weight]:
 
 
 def operand(plans: Plans, name: str, results: Sequence[Tensor], dtype: torch.dtype) -> Fp8Rows:
-    """Return an op's result, or its carrier, values and scale, as a block's linear layer takes it from ``dtype``."""
+    """Return the input of a block's linear layer in 8 bits, from the results of the op before the layer.
+
+    The results are one tensor, which is cast to ``dtype`` and quantised here, or carrier, values and scale of
+    :class:`Fp8Rows`, if the op has quantised its result.
+    """
     if len(results) == 1:
         x = results[0] if results[0].dtype is dtype else results[0].to(dtype)
         results = compute(plans, quantize_rows, name, x, E4M3)
@@ -87,9 +95,9 @@ def linear_grads(
 
 
 def flattened(saved: Sequence[Any], backward: Callable[..., Any]) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-    """Return a block's saved values as tensors, and a function that calls ``backward`` with the values made of these.
+    """Return the values that a block saves as tensors, and a function that restores them and calls ``backward``.
 
-    Of a weight in 8 bits, only the columns are saved.
+    Of a weight in 8 bits, only the columns are saved, because the backward pass reads nothing else of it.
     """
     found = [value.columns if isinstance(value, Fp8Weight) else value for value in saved]
     are_rows = [isinstance(value, Fp8Rows) for value in found]

@@ -88,19 +88,19 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Return True if a module is of one of the classes ``kinds`` (no subclass), with its ``forward`` and no hooks.
+    """Return True if a module is of one of the classes ``kinds`` (no subclass), with the class's ``forward``, no hooks.
 
-    A call of such a module does nothing else, so its op may be fused with others. An adapter or FSDP's wrapper has
-    another class, or a hook.
+    A call of such a module does what its class does and nothing else, so its op may be fused with others. An adapter or
+    FSDP's wrapper has another class, or a hook.
     """
     own = module.__dict__
     return type(module) in kinds and "forward" not in own and not any(map(own.__getitem__, HOOKS))
 
 
 def takes_fp8(part: Any, linear: nn.Module) -> bool:
-    """Return True if ``linear`` of an attention or MLP can take rows in 8 bits from the op before it.
+    """Return True if the layer ``linear`` of an attention or MLP can take rows in 8 bits from the op before it.
 
-    The observers of 8 bits need the numbers that are rounded.
+    It cannot while there are ``OBSERVERS``, because they need the layer's input before it is rounded.
     """
     return part.fp8 is not None and not OBSERVERS and is_plain(linear, InProjection, nn.Linear)
 
@@ -151,9 +151,9 @@ def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool, in_fp8: 
 
 
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module, *, in_fp8: bool = False) -> tuple[Tensor, Any]:
-    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; without one, ``x`` and its norm.
+    """Return a block's residual stream ``x + branch`` and ``norm(x + branch)``; ``x`` and ``norm(x)`` for no branch.
 
-    With ``in_fp8``, the norm is rows in 8 bits if it is plain, and if no autocast is to change its dtype.
+    With ``in_fp8``, the normalised rows are in 8 bits if ``norm`` is plain and autocast does not change their dtype.
     """
     fused, of_norm = is_plain(norm, LayerNorm), x if branch is None else branch
     in_fp8 = in_fp8 and fused and of_norm.dtype == autocast_dtype(of_norm)
@@ -170,8 +170,8 @@ def linear_gelu(
 ) -> Tensor | Fp8Rows:  # fmt: skip
     """Return ``gelu(linear(x))`` for the MLP of a transformer block; with ``in_fp8``, in 8 bits where a kernel does so.
 
-    On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU this
-    would cost another pass over memory, since PyTorch's linear layer adds the bias at no cost.
+    On a GPU, the activation kernel adds the bias, and its backward pass also sums the bias's gradient. On a CPU,
+    PyTorch's linear layer adds the bias at no cost, and an addition outside of it would be another pass over memory.
     """
     is_exact = getattr(gelu, "approximate", "none") == "none"
     device = x.values.device if isinstance(x, Fp8Rows) else x.device
@@ -268,8 +268,8 @@ def single_query_attention(
     out = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
     if bias_k is None or bias_v is None:
         return out
-    # The gradient of the keys' bias is zero, even where others are NaN. It must not be None, because
-    # DistributedDataParallel waits for it; that is why the sum of no elements is added.
+    # The gradient of the keys' bias is zero, even if other gradients are NaN. It must not be None, because
+    # DistributedDataParallel waits for it. So a sum of no elements of the bias is added, which is 0.
     return out + (bias_v + bias_k[:0].sum()).to(out.dtype)
 
 
@@ -304,7 +304,7 @@ class Attention(nn.Module):
         return call_linear(self.out_proj, heads, self.fp8, self.backend)
 
     def forward_row(self, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
-        """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
+        """Compute one row of the output of ``forward`` for each sequence: [B, N, width] -> [B, width]."""
         in_proj: Any = self.in_proj
         weights, bias = in_proj.weight.chunk(3), in_proj.bias
         biases = (None, None, None) if bias is None else bias.chunk(3)
@@ -332,7 +332,8 @@ class MLP(nn.Module):
         return call_linear(self.c_proj, hidden, self.fp8, self.backend)
 
 
-# These parameters stay in float32: they are small, and are only added to activations or scale them.
+# ``lower_weights`` leaves the parameters of these modules and with these names in float32: they are small, and are only
+# added to activations or scale them.
 _FULL_MODULES = (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)
 _FULL_PARAMETERS = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
 

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-# A configuration may come from an untrusted file: larger models are refused.
+# Limits of the number of layers and of other sizes. A configuration may come from an untrusted file, and one beyond the
+# limits is refused.
 MAX_LAYERS, MAX_SIZE = 1000, 1 << 24
 
 
@@ -108,7 +109,7 @@ class CLIPConfig:
 
     @property
     def least_parameters(self) -> int:
-        """A lower bound of the number of parameters, near that number, which needs no built model."""
+        """A lower bound of the model's number of parameters, near that number, computed from the settings alone."""
         vision, text = self.vision, self.text
         count = text.layers * (4 + 2 * text.mlp_ratio) * text.width**2
         count += (text.vocab_size + text.context_length + self.embed_dim) * text.width

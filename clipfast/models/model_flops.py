@@ -15,7 +15,8 @@ def training_flops(model: CLIP, pairs: int, seq_len: int | None = None) -> float
 
     The count includes the matrix products and convolutions of the forward pass, and of the backward pass for trainable
     layers; a locked tower has no backward pass. All tokens of a text count, including padding, also where texts are
-    packed. Recomputation to save memory does not count. The loss counts as if the logits were kept, with 6 N^2 D.
+    packed. Recomputation to save memory does not count. The loss counts as if the N x N logits were kept, with 6 N^2 D
+    for features of D numbers.
 
     Args:
         model: the model on the device "meta", on which nothing is computed.

@@ -116,7 +116,8 @@ def _inverse_of_resizing(old: int, new: int, interpolation: str, dtype: torch.dt
     return _known_inverse(old, new, interpolation, dtype, device)
 
 
-# This mark is that of torch.compiler.assume_constant_result. Without it, torch.compile would trace past the cache.
+# torch.compiler.assume_constant_result would set the same mark. Without the mark, torch.compile would ignore the cache,
+# and trace how the matrix is computed.
 _inverse_of_resizing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -128,7 +129,7 @@ def _known_inverse(old: int, new: int, interpolation: str, dtype: torch.dtype, d
         identity = torch.eye(old, dtype=torch.float64, device="cpu")[None, None]
         matrix = F.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]
         inverse = torch.linalg.pinv(matrix).T.to(device, dtype)
-        # This is torch._dynamo.mark_static, except that it imports no compiler: sizes of constants never change.
+        # This does the same as torch._dynamo.mark_static, but imports no compiler: the sizes of constants never change.
         inverse._dynamo_static_indices = {0, 1}
         return inverse
 

@@ -13,7 +13,7 @@ MOST_PATCHES = 1024  # patches of an image in evaluation if a configuration give
 
 @dataclasses.dataclass(frozen=True)
 class NaFlexConfig(VisionConfig):
-    """Settings of an image tower for images of several sizes; those that all towers have are in its base class.
+    """Settings of an image tower for images of several sizes, in addition to those of :class:`VisionConfig`.
 
     Attributes:
         image_seq_len: the patches of an image in evaluation; None if the configuration does not say it.
@@ -72,7 +72,7 @@ class NaFlexConfig(VisionConfig):
 
     @property
     def timm_model_name(self) -> str:
-        """The name of timm's tower with these settings, or else of one with the same pooling."""
+        """The name of timm's NaFlex tower with these settings or, if there is none, of one with the same pooling."""
         own = _sizes(self)
         return next(
             (name for name, tower in TIMM.items() if tower.pool == self.pool and _sizes(tower) == own),
@@ -80,7 +80,7 @@ class NaFlexConfig(VisionConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings in OpenCLIP's layout: the name of timm's tower, and what differs from it."""
+        """Return the settings in OpenCLIP's layout: timm's name of a tower, and the settings that differ from it."""
         base = _sizes(TIMM[self.timm_model_name])
         differ = {key: value for key, value in _sizes(self).items() if value != base[key]}
         if "pos_embed_grid_size" in differ:

@@ -1,7 +1,7 @@
 """Packed images: a batch of images of several sizes, as one sequence with the patches of one image after the other.
 
 NaFlex (Tschannen et al. 2025) keeps the aspect ratio of each image, with as many patches as fit into a budget.
-The usual way pads all images of a batch to the longest; here no patch is computed that is not in an image.
+Usually all images of a batch are padded to the longest; packed images need no padding between them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from .packed import TILE, Packed, rounded
 class PackedImages(Packed):
     """A batch of B images of several sizes; :func:`pack_images` and :func:`unpad_images` make it.
 
-    The image with the most patches comes first, for the reasons that :mod:`.packed_text` gives.
+    The image with the most patches comes first, because a GPU should begin with the tiles that take longest.
 
     Attributes:
         patches: [N, P P 3], the patches of all images, each image row by row; uint8 or already normalised. Rows after
@@ -159,8 +159,8 @@ def unpad_images(batch: Mapping[str, Tensor], *, for_gpu: bool = False) -> Packe
         for_gpu: as for :func:`pack_images`.
 
     Raises:
-        ValueError: there is no image or no mask, or the patches of an image are not a whole grid, row by row, at the
-            start of its row.
+        ValueError: there is no image or no mask, or the patches of an image are not a whole grid, row by row, before
+            its padding.
     """
     patches = batch["patches" if "patches" in batch else "pixel_values"]
     if not len(patches) or not {"patch_valid", "pixel_attention_mask"} & batch.keys():

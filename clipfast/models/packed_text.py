@@ -72,7 +72,7 @@ def pack_texts(texts: Tensor, *, last: Tensor | None = None, for_gpu: bool | Non
 
     Raises:
         TypeError: ``texts`` is not a tensor.
-        ValueError: there is no text, or no token, or ``last`` is not a place in each text.
+        ValueError: there is no text, or no token, or ``last`` is not a position in each text.
     """
     if not isinstance(texts, Tensor):
         raise TypeError(f"pack_texts: texts must be a tensor of token ids [B, L], got a {type(texts).__name__}")
@@ -97,7 +97,8 @@ def pack_if_shorter(texts: Tensor, last: Tensor | None = None) -> Tensor | Packe
 def can_be_packed(texts: Tensor) -> bool:
     """Return whether packing texts may save something, and the host can read their lengths.
 
-    It cannot under a compiler or a function transform, while a CUDA graph is captured, or if tensors have no values.
+    The host cannot read lengths under a compiler or a function transform, while a CUDA graph is captured, or if tensors
+    have no values.
     """
     least = 1 if texts.device.type == "cpu" else LEAST_TOKENS
     return texts.ndim == 2 and texts.numel() >= least and has_values(texts)
@@ -124,8 +125,9 @@ _lock = threading.Lock()
 def without_waiting() -> Iterator[None]:
     """Keep models from packing texts that they get as tensors, since packing on a GPU makes the host wait.
 
-    A CUDA graph cannot hold this. The calls that warm a graph up must run the same ops as the graph, and so must the
-    backward pass, in which autograd recomputes the text tower in a thread of its own: this holds for all threads.
+    A CUDA graph cannot hold a wait of the host. The calls that warm a graph up must run the same ops as the graph, and
+    so must the recomputation of the text tower in the backward pass. Autograd recomputes in a thread of its own, and so
+    the context applies to all threads.
     """
     global _waits
     with _lock:
@@ -157,7 +159,7 @@ def _lengths(texts: Tensor, last: Tensor | None) -> Tensor:
 def _packed(texts: Tensor, lengths: Tensor, for_gpu: bool) -> PackedText:
     """Return packed texts with these lengths, which are on the CPU."""
     lengths, packed = lengths.sort(descending=True, stable=True)
-    host = lengths.device  # tensors are made here explicitly, because torch's default device may be another one
+    host = lengths.device  # every new tensor gets this device, because torch's default device may be another one
     cu_seqlens = torch.zeros(len(texts) + 1, dtype=torch.int32, device=host)
     torch.cumsum(lengths, 0, out=cu_seqlens[1:])
     used = int(cu_seqlens[-1])

@@ -22,7 +22,10 @@ _decided = threading.local()  # ``watched``: the result of ``backends.is_watched
 
 
 def is_watched() -> bool:
-    """Return ``backends.is_watched()``, or its result at the first computation while a block is recomputed."""
+    """Return whether a compiler, mode or profiler has to see a block's ops: the result of ``backends.is_watched``.
+
+    While a block is recomputed, this is the result at its first computation, so that both run the same ops.
+    """
     watched: bool | None = getattr(_decided, "watched", None)
     return backends.is_watched() if watched is None else watched
 
@@ -38,7 +41,7 @@ def recomputed(recompute: bool | str, function: Callable[..., Tensor], *args: ob
         watched = backends.is_watched()
 
         def decided(*args: object) -> Tensor:
-            """Compute the function by the same ops both times, even if a profiler sees only one of them."""
+            """Compute a block by the same ops both times, in forward and backward, even if a profiler sees only one."""
             before, _decided.watched = getattr(_decided, "watched", None), watched
             try:
                 return function(*args)

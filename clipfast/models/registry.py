@@ -82,7 +82,7 @@ def add_model_config(path: str | Path) -> None:
     """Register the configuration in OpenCLIP's JSON file ``path`` under the file's stem.
 
     Raises:
-        ValueError: if it is not such a file, or this package cannot build the model.
+        ValueError: the file is not such a configuration, or clipfast cannot build the model.
     """
     _CONFIGS[Path(path).stem] = read_model_config(path)
 
@@ -91,7 +91,7 @@ def read_model_config(path: str | Path) -> CLIPConfig:
     """Return the configuration in OpenCLIP's JSON file ``path``.
 
     Raises:
-        ValueError: if it is not such a file, or this package cannot build the model.
+        ValueError: the file is not such a configuration, or clipfast cannot build the model.
     """
     try:
         raw = read_json(path)

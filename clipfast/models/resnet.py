@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """Attention pooling of the feature map, whose one query is the mean of all positions."""
+    """Attention pooling of a ResNet's feature map; the one query of an image is the mean of its feature map."""
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int) -> None:
         super().__init__()

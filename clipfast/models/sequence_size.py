@@ -23,8 +23,8 @@ SMALLEST, LARGEST, DIFFERENCE = 1e-6, 100.0, 1e-5
 def size_for_sequence(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
     """Return the height and width to which an image is resized, so that it has at most ``max_patches`` patches.
 
-    It is the largest such size with the image's aspect ratio, and both sides are rounded up to whole patches. A small
-    image is enlarged. The sizes are equal to timm's and to those that transformers gives images for SigLIP 2.
+    The size is the largest one with the image's aspect ratio, and both sides are rounded up to whole patches. A small
+    image is enlarged. The sizes are equal to those of timm, and of transformers for SigLIP 2.
 
     Raises:
         ValueError: a number is less than 1.

@@ -122,11 +122,12 @@ class LatentPool(nn.Module):
 
 
 def _padded(x: Tensor, packed: PackedTokens) -> tuple[Tensor, Tensor]:
-    """Return packed tokens [T, width] with padding, [B, N, width], and which of them are tokens, [B, 1, 1, N]."""
+    """Return packed tokens [T, width] with padding, [B, N, width], and a mask [B, 1, 1, N], False at the padding."""
     ends = packed.packing.cu_seqlens
     places = ends[:-1, None] + torch.arange(packed.max_seqlen, device=x.device)
     is_token = places < ends[1:, None]
-    # The gathered padding is tokens of the next image. Zeros replace it, as a NaN would not vanish by a weight of 0.
+    # In place of padding, tokens of the next image are gathered. Zeros replace them, since attention multiplies them by
+    # 0, and a NaN times 0 is NaN.
     return x[places.clamp(max=x.shape[0] - 1)].masked_fill(~is_token[..., None], 0), is_token[:, None, None]
 
 
@@ -322,7 +323,7 @@ class SigLIP(CLIP):
         """Raise an error, since only CLIP models return the outputs of their blocks.
 
         Raises:
-            NotImplementedError: always; the message names a model that has it.
+            NotImplementedError: always; the message says which other model has this method.
         """
         raise NotImplementedError(
             "clipfast's SigLIP has no forward_intermediates: build the model with open_clip.create_model, and hand it "

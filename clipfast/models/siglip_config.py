@@ -1,4 +1,4 @@
-"""The configuration of a SigLIP model. OpenCLIP's form of it only names the image tower, by timm's name."""
+"""The configuration of a SigLIP model. In OpenCLIP's files, only timm's name of the image tower tells its sizes."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ _TEXT_FIXED = {"no_causal_mask": True, "pool_type": "last", "norm_kwargs": {"eps
 class SigLIPConfig(CLIPConfig):
     """Settings of a SigLIP (Zhai et al. 2023) or SigLIP 2 (Tschannen et al. 2025) model for images of one size.
 
-    The image tower is a vision transformer without a class token, which attention pools; its width is ``embed_dim``.
+    The image tower is a vision transformer with attention pooling and no class token; its width is ``embed_dim``.
     The text tower has no causal mask, and its output at the last position is the feature. Layer norms have an epsilon
     of 1e-6.
 

@@ -52,7 +52,7 @@ def takes_packed(transformer: nn.Module) -> bool:
 
     FSDP2 may have wrapped the blocks. A linear layer may be a module of the user's, such as LoRA's: it gets the tokens
     as [1, T, width], and must compute each by itself. With the backend "torch", texts stay padded, because the PyTorch
-    references would compute packed ones one by one.
+    references would compute packed texts one by one.
     """
     if _has_any_global_hook() or not _is_own(transformer, Transformer) or _is_altered(transformer):
         return False

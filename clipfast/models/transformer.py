@@ -6,7 +6,8 @@ decide everything that differs from the textbook:
     what                                                          when
     one function computes a block, or the last block's row        all its modules are plain, their backend is "auto", no
     (whole_block, whole_last_block)                               compiler, transform, mode or profiler must see the
-                                                                  ops, and the tables do not give attention to PyTorch
+                                                                  ops, and PyTorch's own attention is not the faster one
+                                                                  by the kernel's tables of configurations
     a norm also adds the branch before it to the residual stream  the norm is plain
     the last block computes only the row that the tower reads     everything in it is plain, its backend is not "torch",
                                                                   and attention_pool takes that many tokens and heads
@@ -14,7 +15,8 @@ decide everything that differs from the textbook:
     the activation adds the bias of c_fc                          both are plain, the activation is exact, the backend
                                                                   is not "torch", and Triton runs on the device
     a text tower computes no token after the one it reads         :mod:`.texts` and :mod:`.packed_text` decide it
-    the backward pass recomputes blocks, or only what is cheap    grad_checkpointing is set, and gradients are recorded
+    the backward pass recomputes blocks, or only their norms and  grad_checkpointing is set, and gradients are recorded
+    activations
 
 A module is plain if calling it does what its class does and nothing else (``layers.is_plain``). Any other module is
 called, so that hooks, adapters and wrapped blocks see what they would see if nothing were fused.
@@ -147,7 +149,7 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     last = blocks[-1]
     if not is_plain(last, ResidualAttentionBlock) or plain_parts(last) is None:
         return Plan(recompute, blocks)
-    if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # the row is computed in 16 bits only
+    if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # one row alone cannot be computed in 8 bits
         return Plan(recompute, blocks)
     if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
         return Plan(recompute, blocks)
@@ -251,10 +253,10 @@ def _in_shape(shape: torch.Size, x: Tensor, branch: Tensor | None) -> tuple[Tens
 
 
 def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
-    """Return the modules of a block in the order of :data:`_KINDS`, or None if calling one does more than its class.
+    """Return the modules of a block in the order of :data:`_KINDS`, or None unless all are plain (``layers.is_plain``).
 
-    A module that an adapter or a wrapper has changed is of another class, or has hooks. Each step asks this of all
-    modules, so :func:`.layers.is_plain` is not called for each.
+    A module that an adapter or a wrapper has changed is of another class, or has hooks. Every call of a model checks
+    all its modules, and a call of ``is_plain`` for each would take longer than the checks below.
     """
     norm_1, attn, norm_2, mlp = map(block._modules.get, block.PARTS)
     if attn.__class__ is not Attention or mlp.__class__ is not MLP:
@@ -329,7 +331,7 @@ def _options(
     is_auto: bool, shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], width: int, device: torch.device,
     dtype: torch.dtype, on_triton: bool, tokens: int | None,
 ) -> Options | None:  # fmt: skip
-    """Return the settings of a block that :mod:`.whole_block` computes, or None for a block that it does not."""
+    """Return the settings of a block that :mod:`.whole_block` computes, or None if it cannot compute the block."""
     *others, of_fc = shapes
     if not is_auto or fp8 != fp8_of_mlp or width % heads or others != [(width,), (3 * width, width), (width, width)]:
         return None

@@ -6,7 +6,7 @@ With the stream x, and the branch u that the block before it has not added yet (
     t = s + a         m = gelu(norm_2(t) W_fc + b_fc) W_proj + b_proj
 
 The results are t and m, which are the stream and the branch of the next block. The ops are those that the modules of a
-block call, and the same tensors are kept for the backward pass. Three things are shorter:
+block call, and the same tensors are kept for the backward pass. Three things take less time than in the modules:
 
     autocast casts the parameters of all linear layers in one launch, and their gradients in another
     the backward kernels of the norms add up the gradients of the stream
@@ -98,12 +98,12 @@ def whole_block(
     Args:
         shape: the shape [B, N, width] of the residual stream; [1, T, width] for a packing, the tokens of several
             sequences.
-        x: the residual stream as rows, [B * N, width]. From block to block no view has to be made.
+        x: the residual stream as rows, [B * N, width], so that no view has to be made between blocks.
         branch: the output of the MLP of the block before, which has not been added to ``x`` yet.
         parameters: the block's parameters, which get the gradients.
-        options: its settings.
+        options: the block's settings.
         cast: the parameters' values in the dtype of the products.
-        bounds: [2, T] for a packing.
+        bounds: [2, T], the bounds of each token's sequence for a packing (``Packing.bounds``); otherwise None.
 
     Returns:
         The residual stream t, and the output m of the block's MLP, which the next block adds to t; as rows.
@@ -201,10 +201,11 @@ class _Block(torch.autograd.Function):
             plans = _plans(function, options, places, shape, x, branch)
             results, saved = function.forward(plans, options, cast, places, shape, x, branch)
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
-        # The dtypes of the gradients, None for a parameter that needs none.
+        # The dtypes of the parameters' gradients; None for a parameter that needs no gradient.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.longest = getattr(places, "max_seqlen", None)
-        # Rows in 8 bits lie beside the gradient of m in this block's backward pass, and of the branch after it.
+        # The first says whether the backward pass uses the rows in 8 bits that the next block attaches to the gradient
+        # of m; the second, whether it attaches such rows to the gradient of the branch (``fp8_rows.lay_beside``).
         ctx.takes_rows = options.fp8 == fp8_layers.SWITCHBACK
         ctx.gives_rows = ctx.takes_rows and branch is not None and takes_rows(branch)
         ctx.shape, ctx.y_dtype, ctx.has_branch = shape, (x if branch is None else branch).dtype, branch is not None
@@ -265,7 +266,7 @@ def _backward(
     """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad_t.contiguous(), grad_m.contiguous(), *of_mlp)
-    o = heads if o is None else o  # in 8 bits, or as attention returned it
+    o = heads if o is None else o  # the input of the output projection, in 8 bits or as attention returned it
     d_heads, dw_out, db_out = linear_grads(ctx, "out", da, o, w_out, wanted.w_out, wanted.b_out)
     with_sums = wanted.b_in is not None
     numbers = options.heads, options.causal, options.scale
@@ -290,7 +291,7 @@ _FUNCTION = Function(_forward, _backward)
 def first_norm(
     plans: Plans, options: Options, x: Tensor, branch: Tensor | None, cast: Parameters
 ) -> tuple[Tensor, Any, Tensor, Tensor]:
-    """Return s, its norm as the product takes it, and the statistics of its rows [B * N, width]."""
+    """Return the block's sum s, norm_1(s) as the first linear layer takes it, and mean and rstd of the rows of s."""
     bias, added = cast.norm_1_bias, (x, None) if branch is None else (branch, x)
     norm = layer_norm_fwd if options.fp8 is None or added[0].dtype is not options.dtype else layer_norm_fp8_fwd
     *results, t, mean, rstd = compute(plans, norm, "norm_1", *added, cast.norm_1, bias, options.eps_1)
@@ -333,7 +334,7 @@ def mlp_half_grads(
     ctx: Any, grad_t: Tensor, grad_m: Tensor, t: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, h: Tensor, g: Tensor,
     norm: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return the gradients of s, of a, of the norm [2, width], and of w_proj, b_proj, w_fc and b_fc."""
+    """Return a block's gradients of s and a, of norm_2 [2, width], and of w_proj, b_proj, w_fc and b_fc of its MLP."""
     options, wanted = ctx.options, ctx.wanted
     dg, dw_proj, db_proj = linear_grads(ctx, "proj", grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
     if options.adds_bias:
@@ -363,8 +364,9 @@ def linear_grads(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of input, weight and bias of a block's linear layer on rows.
 
-    The gradients of weight and bias have the dtypes given, where the product can be rounded to it at once; they are
-    None for a dtype that is None. In 8 bits, ``weight`` has its columns, and plans are kept by the ``name``.
+    The gradients of weight and bias have the dtypes given, where the product can be rounded to them at once; they are
+    None for a dtype that is None. In 8 bits, ``weight`` is the columns of the weight, and ``name`` is the key under
+    which the layer's plans are kept.
     """
     if ctx.options.fp8 is not None:
         wanted = weight_dtype is not None, bias_dtype is not None
