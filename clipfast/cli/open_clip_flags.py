@@ -2,7 +2,7 @@
 
 The table ``FLAGS`` is the source of the parser, of ``docs/openclip-flags.md``, which
 ``python -m clipfast.cli.open_clip_flags`` prints, and of tests. It follows ``params.py`` of OpenCLIP's main branch at
-commit 89fb801. The last four flags are those of version 4.2.1 that its other files mention.
+commit 89fb801. The last four flags of the table are of version 4.2.1, which names them in files beside ``params.py``.
 """
 
 import argparse
@@ -79,7 +79,7 @@ FLAGS: dict[str, Rule] = {
     "--audio-zeroshot-multiprocessing-context": NO_AUDIO,
     "--audio-multiprocessing-context": NO_AUDIO,
     "--dataset-resampled": SAME,
-    "--csv-separator": Rule("same", "without it, or where a header does not have it, the file says its own"),
+    "--csv-separator": Rule("same", "without it, or where a header lacks it, extension and header decide"),
     "--csv-img-key": Rule("same", "another name of --image-key"),
     "--csv-caption-key": Rule("same", "another name of --text-key"),
     "--image-key": SAME,
@@ -161,7 +161,7 @@ FLAGS: dict[str, Rule] = {
     ),
     "--torchcompile": SAME,
     "--torchcompile-strategy": Rule(
-        "accepted", "the model is what is compiled: the loss and the optimizer are kernels of their own",
+        "accepted", "only the model is compiled: the loss and the optimizer are kernels of their own",
         {"choices": ("model", "task", "step")},
     ),
     "--torchcompile-backend": SAME,
@@ -189,7 +189,7 @@ FLAGS: dict[str, Rule] = {
     "--lock-text-unlocked-layers": SAME,
     "--lock-text-freeze-layer-norm": Rule("same", "layer norms are always locked with their block"),
     "--log-every-n-steps": SAME,
-    "--log-metric-every-n-steps": Rule("same", "without it, there are as many as lines in the log"),
+    "--log-metric-every-n-steps": Rule("same", "without it, metrics.jsonl has as many lines of training as the log"),
     "--train-loss-ema-samples": Rule(
         "accepted", "the loss in parentheses is the mean since the line before", {"type": COUNT}
     ),
@@ -208,7 +208,7 @@ FLAGS: dict[str, Rule] = {
     ),
     "--siglip": Rule("same", "for models with SigLIP in their name, which have a logit_bias"),
     "--loss-dist-impl": Rule(
-        "accepted", "the sigmoid loss has one way over ranks, with the same result",
+        "accepted", "the sigmoid loss always passes texts between ranks in the same way, with the same result",
         {"choices": ("bidir", "shift", "reduce", "gather")},
     ),
     "--use-naflex": Rule("same", "for models that are NaFlex already, such as naflex_ViT-B-16"),
@@ -359,7 +359,7 @@ TITLES = {
     "accepted": "Accepted without effect",
     "refused": "Refused",
 }
-"""By ``Rule.how``, the title of the section of ``docs/openclip-flags.md`` with these flags."""
+"""The title of the section of ``docs/openclip-flags.md`` for the flags with each ``Rule.how``."""
 
 
 def page() -> str:

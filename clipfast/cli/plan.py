@@ -1,9 +1,10 @@
 """Predict what a training needs on every GPU: memory, FLOPs, bytes sent, kernels and time.
 
-With --train, that is a step of clipfast train with a model, under DDP or FSDP2: memory by what it is for, time,
-pairs/s, and what a training of --samples-seen pairs takes. --fit says which batches fit on these GPUs, for many models
-at once. Without them, it is the loss alone: a row for each mode of distributed_contrastive_loss (on one GPU, for each
-value of contrastive_loss's memory=) and one for OpenCLIP's ClipLoss(local_loss=True, gather_with_grad=True).
+With --train, the plan is of a step of clipfast train with a model, under DDP or FSDP2: memory by category, time,
+pairs/s, and the length of a training of --samples-seen pairs. --fit says which batches fit on these GPUs, for many
+models at once. Without both, the plan is of the loss alone: a row for each mode of distributed_contrastive_loss (on one
+GPU, for each value of contrastive_loss's memory=), and one for OpenCLIP's ClipLoss(local_loss=True,
+gather_with_grad=True).
 
 The step runs on fake tensors, as rank 0 of processes that are not there, so it needs neither a GPU nor memory. These
 are predictions: no time was ever measured on a GPU.
@@ -34,7 +35,7 @@ examples:
   clipfast plan --train --model ViT-L-14 --gpus 64 --parallel fsdp --ema --samples-seen 12.8e9 --price-per-gpu-hour 2.5
 
 Figures are those of one rank, memory at its peak. Kernels and messages are counted as one rank starts them, messages by
-ring algorithms. "exposed" is what messages add to the time of computing; "(auto)" is the mode that mode="auto" takes.
+ring algorithms. "exposed" is the time that messages add to computing; "(auto)" is the mode that mode="auto" chooses.
 exit code: 0 printed, 2 bad arguments"""
 NOTE = "Predicted, never measured on a GPU: rates are published, and latencies are assumed unless you gave them."
 TRAINING_NOTE = """\
@@ -43,8 +44,8 @@ FLOPs, kernels. Assumed: published rates of the card, reached by every kernel th
 allocator as marked; messages and kernels that do not slow each other down; no wait for data, evaluation or checkpoints.
 The kernels of attention and of the loss are slower than that (docs/predicted.md), so take times as lower limits."""
 PAIRS, GPUS = Count(1, 2**24), Count(1, 2**16)
-# By the option that describes the machine: the fields of Card or Cluster that it sets, the factor from the option's
-# unit to the fields', and the text for --help.
+# Maps an option that describes the machine to the fields of Card or Cluster that it sets, the factor from the option's
+# unit to theirs, and the text for --help.
 MACHINE = {
     "tflops": (("half_peak", "single_peak"), 1e12, "1e12 FLOPs per second that products reach"),
     "memory_gb": (("memory_bytes",), 1e9, "1e9 bytes that the step may take"),
@@ -117,15 +118,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--model", "--models", metavar="NAME", help=models)
     add("--parallel", help="how GPUs share the work (default: ddp; with --fit, each)", choices=("ddp", "fsdp"))
     kinds = ("none", "selective", "full")
-    add(
-        "--checkpointing", choices=kinds, help="what the backward pass computes again (default: none; with --fit, each)"
-    )
+    add("--checkpointing", choices=kinds, help="activations that are recomputed (default: none; with --fit, each)")
     add("--batch-size", help="with --train: pairs of a GPU, in place of --pairs", type=BATCH, metavar="N")
     add("--accumulation", help="micro-batches of which a batch is made (default: 1)", type=COUNT, metavar="N")
     precisions = ("amp_bf16", "amp_fp8", "pure_bf16", "fp32")
     add("--precision", help="as of clipfast train (default: amp_bf16)", choices=precisions)
     recipes = ("switchback", "full")
-    add("--fp8-recipe", help="of amp_fp8, as of clipfast train (default: switchback)", choices=recipes)
+    add("--fp8-recipe", help="recipe of amp_fp8, as of clipfast train (default: switchback)", choices=recipes)
     add("--opt", help="optimizer, as of clipfast train (default: adamw)", metavar="NAME")
     add("--ema", help="keep an average of the weights", action="store_true")
     add("--no-reshard", help="FSDP2 keeps a block whole from its forward to its backward pass", action="store_true")
@@ -133,7 +132,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--captions", help=captions, action="store_true")
     samples = "pairs of the training, such as 12.8e9: also print days and GPU-hours"
     add("--samples-seen", help=samples, type=_number(), metavar="N")
-    add("--price-per-gpu-hour", help="also print what the training costs", type=_number(), metavar="X")
+    add("--price-per-gpu-hour", help="also print the cost of the training", type=_number(), metavar="X")
     add("--context-gb", help="1e9 bytes for CUDA, cuBLAS and NCCL (assumed: 1.5)", type=or_zero, metavar="X")
     add("--slack", help="share that the allocator holds beyond tensors (assumed: 0.05)", type=or_zero, metavar="X")
 

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--resume", metavar="RUN", help=resume)
     add_arguments(parser)
     open_clip_flags.add_arguments(parser)
-    shown = "print every option with its value and where that is from (default, recipe, checkpoint or flag), and stop"
+    shown = "print every option with its value and its origin (default, recipe, checkpoint or flag), and stop"
     parser.add_argument("--print-config", action="store_true", help=shown)
     parser.runs(run, "--debug")
 
@@ -190,7 +190,10 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
 
 
 def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
-    """Return the newest complete checkpoint of a run for ``--resume``; with ``or_remote``, there may be none."""
+    """Return the newest complete checkpoint of a run for ``--resume``; if there is none, ``or_remote`` avoids an error.
+
+    A run with a remote copy may have its checkpoints only there.
+    """
     from ..checkpoints.checkpoint import CheckpointError
     from ..checkpoints.of_run import Checkpoints, Found
     from ..runs.folder import RunFolder
@@ -204,7 +207,7 @@ def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
 
 
 def _is_in_parts(folder: Path) -> bool:
-    """Return True if a folder given to ``--resume`` is a sharded checkpoint (``step_N``), and not that of a run."""
+    """Return True if a folder given to ``--resume`` is a sharded checkpoint (``step_N``), and not a run's folder."""
     from ..checkpoints.of_run import STEP
 
     return STEP.fullmatch(folder.resolve().name) is not None and not (folder / "checkpoints").exists()
@@ -222,7 +225,7 @@ def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
         # The run continues in the folder of its checkpoint, even if the folder was moved or renamed.
         run = checkpoint.resolve().parent.parent
         options["name"] = options.get("name") or run.name  # a name that the user did not give is not in the options
-        if _run_folder(options).resolve() != run:  # otherwise the path stays as it was given, such as relative
+        if _run_folder(options).resolve() != run:  # otherwise the path stays as it was given, for example relative
             options |= {"logs": str(run.parent), "name": run.name}
     return options
 
@@ -234,7 +237,7 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
     contains its name, the import of an optimizer's module runs its code, and a remote copy gives away all results.
 
     Raises:
-        ValueError: such an option is not among the flags ``given``.
+        ValueError: an unsafe option is not among the flags ``given``.
     """
     from ..data.names import is_local
 

@@ -54,7 +54,7 @@ def gather_full(content: Any, *, keep: bool) -> Any:
 
     Args:
         content: the nested dicts and lists.
-        keep: False for a process that needs no result; it gets None in place of those tensors.
+        keep: False for a process that needs no result; it gets None in place of each gathered tensor.
     """
     if isinstance(content, dict):
         return {key: gather_full(value, keep=keep) for key, value in content.items()}

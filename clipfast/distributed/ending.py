@@ -1,4 +1,4 @@
-"""The end of a run by errors and signals. After a signal, the step is finished and saved first.
+"""The end of a run by errors and signals. After a signal, the run finishes its step and saves a checkpoint first.
 
 The signals are SIGINT from Ctrl-C, SIGTERM, Slurm's SIGUSR1, and SIGHUP from a closed terminal.
 """

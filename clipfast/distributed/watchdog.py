@@ -36,11 +36,11 @@ LATE = 0.8  # share of the timeout after which a waiting rank looks for the rank
 GRACE = 3.0  # seconds that a rank gets to end by itself after its collective has failed
 STEP, EXCHANGE, PATIENT = "step", "exchange", "wait"
 WAITING = (STEP, EXCHANGE)  # phases in which a rank waits for other ranks, for at most the timeout
-PHASES = {"data": "has waited for its data for"}  # maps a phase to the words about a rank in it that holds up others
+PHASES = {"data": "has waited for its data for"}  # maps a phase to the words about a rank that holds up others in it
 BLAMED, SIGNAL = "blamed", "signal"
 ANSWER = 10.0  # seconds that the store gets to answer
 NAMED = 5  # an error names at most this many ranks
-_numbers = itertools.count()  # numbers of this process's watchdogs; a watchdog has the same number on all ranks
+_numbers = itertools.count()  # numbers the watchdogs, the same on all ranks, so each has keys of its own in the store
 
 
 class _Place(NamedTuple):
@@ -54,11 +54,11 @@ class Beat(NamedTuple):
     """The heartbeat of a rank, which the watchdogs of the other ranks read.
 
     Attributes:
-        number: count of its beats.
-        step: step of the run that it is at.
-        phase: phase that it is in.
-        seconds: how long it has been in this phase.
-        process: process and machine, for a person who looks for them.
+        number: count of the rank's beats.
+        step: step of the run that the rank is at.
+        phase: phase that the rank is in.
+        seconds: how long the rank has been in this phase.
+        process: process and machine of the rank, for a person who looks for them.
     """
 
     number: int
@@ -112,7 +112,7 @@ class Watchdog:
             self._place = before._replace(since=time.monotonic())
 
     def arm(self) -> None:
-        """Begin to look for stuck ranks. Before the first step, some ranks may take much longer than others."""
+        """Begin to look for stuck ranks: too early before the first step, for which ranks need very different times."""
         self._is_armed = True
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ class Watchdog:
             interruption.others = int(self._store.get(SIGNAL))
 
     def _hear_blame(self, place: _Place) -> None:
-        """Write the stacks after a rank was blamed. If it is this rank, and it stays stuck, end this process."""
+        """Write the stacks after a rank was blamed. If this rank is blamed and stays stuck, end this process."""
         with self._lock:
             ranks, step = json.loads(self._store.get(BLAMED))
         # The ranks that wait may be one step further: their hosts run ahead of their GPUs.
@@ -194,7 +194,7 @@ class Watchdog:
         self._look()
         if waited > LATE * self.timeout and self._diagnose(self.timeout / 5, LATE * self.timeout):
             log.error(f"at step {self.step}, this rank waits: {self.diagnosis}")
-        if self.diagnosis and waited > self.timeout + GRACE:  # without this, a collective of GPUs might never return
+        if self.diagnosis and waited > self.timeout + GRACE:  # exit, since a collective of GPUs might never return
             os._exit(1)
 
     def _look(self) -> None:

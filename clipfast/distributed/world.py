@@ -65,7 +65,7 @@ class World:
         """Return the device of this rank for the value of ``--device``.
 
         Args:
-            name: the value.
+            name: value of ``--device``.
             by_rank: give each process of a machine the GPU with its local rank, and not the first visible GPU.
 
         Raises:
@@ -237,7 +237,7 @@ class LateSum:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, values: Sequence[int]) -> list[int]:
-        """Start to sum the values of all ranks, and return the previous call's sums; a single process gets its own."""
+        """Start to sum the values of all ranks, and return the previous call's sums; for one process, return values."""
         if self.world.size == 1:
             return list(values)
         before = self.close() or [0] * len(values)
@@ -316,7 +316,7 @@ def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _ignoring_sigterm() -> Iterator[None]:
-    """Ignore SIGTERM for a while: torchrun sends it when a rank is lost, and the others need seconds to name it."""
+    """Ignore SIGTERM, which torchrun sends when a rank is lost: the other ranks need seconds to name the lost one."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         yield
@@ -354,7 +354,7 @@ def _store(world: World, timeout: datetime.timedelta) -> Store | None:
     """Return the store through which the ranks of torchrun connect to each other; None for PyTorch's default store.
 
     torchrun's store outlives a restart of the ranks, and would contain the addresses of ended processes. Therefore each
-    attempt has a prefix of its own. Several machines do not count attempts together, so there the number is always 0.
+    attempt has a prefix of its own. With several machines its number is always 0, since each machine counts by itself.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return None

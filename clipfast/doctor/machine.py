@@ -29,7 +29,8 @@ INTERPRET = "TRITON_INTERPRET"
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
 PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")
 OURS = ("CLIPFAST_CACHE", "CLIPFAST_CACHE_BYTES", "CLIPFAST_DISABLE", "CLIPFAST_COMMIT")
-EXTRAS = ("data", "eval", "probe", "search", "train", "bench", "hub", "siglip", "ray", "app")  # missing: a note
+# Extras of clipfast: if one of their packages is missing, the report has a note and not a problem.
+EXTRAS = ("data", "eval", "probe", "search", "train", "bench", "hub", "siglip", "ray", "app")
 DRIVER = Path("proc/driver/nvidia/version")  # exists if NVIDIA's driver is loaded; relative to the root folder
 OLDEST = (8, 0)  # the lowest compute capability for which the kernels are checked
 LEAST_FREE = 1 << 30  # bytes that the cache and the folder of runs must have free
@@ -44,7 +45,7 @@ class Finding:
     """One line of the report of ``clipfast doctor``.
 
     Attributes:
-        name: the thing that was checked.
+        name: the package, device, folder, limit or variable that was checked.
         value: its value on this machine.
         status: "ok", "note" (worth knowing) or "problem" (clipfast does not work, or not as it should).
         fix: the advice for a note or a problem.
@@ -198,7 +199,7 @@ def default_run(logs: Path) -> Iterator[Finding]:
 
 
 def looked(look: Callable[[], Iterable[Finding]], *, traceback: bool = False) -> list[Finding]:
-    """Run a check of ``clipfast doctor`` and return its findings; unless ``traceback``, an exception becomes one."""
+    """Run a check of ``clipfast doctor``, return its findings; an exception becomes one too unless ``traceback``."""
     found: list[Finding] = []
     try:
         found.extend(look())

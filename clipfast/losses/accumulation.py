@@ -21,7 +21,7 @@ batch, L(f(X)), if f computes the features of a pair independently of other pair
     BatchNorm in train mode                  no: each micro-batch is normalised by its own statistics ("ghost batch
                                              normalisation", Hoffer et al. 2017), as each GPU would do with its share
     dropout, patch dropout, random depth     in distribution: random numbers are drawn micro-batch by micro-batch, so
-                                             from the same seed a whole batch draws others
+                                             from the same seed a whole batch draws other numbers
 
 Running statistics are updated once per micro-batch, in order, as in one pass over the micro-batches.
 """
@@ -58,8 +58,8 @@ def accumulate_gradients(
             same for every micro-batch. All state that its forward pass changes must be in buffers.
         images: [B, ...] or packed images; or a list of the images of each micro-batch, as the model takes them.
         texts: [B, ...]; or a list of the texts of each micro-batch, as the model takes them, such as packed texts.
-        micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller. A list of
-            images has the micro-batches that it has.
+        micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller. If images
+            are a list, its elements are the micro-batches, whatever this number is.
         loss: a ``ClipLoss``, a ``SigLipLoss`` or any function that maps the outputs of the model for all B pairs, in
             the order above, to one number. Parameters of the loss get their gradients as well.
         loss_scale: a factor for all gradients, such as ``scaler.scale(torch.ones((), ...))`` of a ``GradScaler``.
@@ -115,8 +115,8 @@ def largest_micro_batch(
     """Find by trying the largest micro-batch size for which :func:`accumulate_gradients` fits into the memory of a GPU.
 
     The search starts at ``start`` and halves the size at each ``torch.cuda.OutOfMemoryError``. Afterwards, gradients,
-    buffers and random number generators are as before. With several processes, call it before
-    ``DistributedDataParallel``, and use the smallest result.
+    buffers and random number generators are as before the search. With several processes, call this function before
+    ``DistributedDataParallel`` wraps the model, and use the smallest result.
 
     Args:
         model: the model as it will be trained, under the same autocast.

@@ -13,7 +13,7 @@ from ..kernels.contrastive.small_batch import suits_whole
 
 
 class RankLoss(nn.Module):
-    """The base class of the losses: options about ranks, and the form of the result.
+    """The base class of the CLIP and SigLIP losses, which checks the ranks and returns a scalar or a dict.
 
     Args:
         rank: rank of this process in the default process group.
@@ -40,7 +40,7 @@ class RankLoss(nn.Module):
             text_features: [b, D], the same dtype; row i belongs to row i of ``image_features``.
             logit_scale: factor on the cosine similarities, one element: a number, or a tensor of shape [] or, as FSDP
                 needs it, [1]. Its gradient has the same shape.
-            logit_bias: the bias of every logit, in the same form; None adds nothing.
+            logit_bias: the bias of every logit, in the same form as ``logit_scale``; None adds nothing.
             output_dict: return ``{"contrastive_loss": loss}`` instead of the loss, a scalar.
 
         Raises:
@@ -57,7 +57,7 @@ class RankLoss(nn.Module):
         raise NotImplementedError
 
     def _check_ranks(self) -> None:
-        """Refuse a rank or a world size of a loss that is not that of the process group."""
+        """Refuse a loss whose rank or world size differs from those of the default process group."""
         if self.world_size > 1:
             check_ranks(type(self).__name__, self.rank, self.world_size)
 
@@ -92,9 +92,9 @@ class ClipLoss(RankLoss):
     Args:
         local_loss: compute the loss of this rank's pairs, not of all pairs.
         gather_with_grad: let gradients flow back to the features of other ranks.
-        cache_labels: keep what :meth:`get_ground_truth` returns.
+        cache_labels: keep the labels that :meth:`get_ground_truth` returns, and return them again.
         rank, world_size: as for :class:`RankLoss`.
-        use_horovod: must be False; OpenCLIP 3.3.0 has it.
+        use_horovod: must be False; it is an argument because OpenCLIP 3.3.0 has it.
 
     Raises:
         ValueError: if ``use_horovod`` is True.

@@ -56,7 +56,7 @@ class CoCaLoss(ClipLoss):
         self.compute_dtype, self._has_parts = _COMPUTE_DTYPES[compute_dtype], compute_dtype != ""
         self.caption_loss = nn.CrossEntropyLoss(ignore_index=_IGNORED)
 
-    def forward(  # type: ignore[override]  # OpenCLIP's call, in another order than that of its ClipLoss
+    def forward(  # type: ignore[override]  # OpenCLIP's CoCaLoss orders its arguments otherwise than its ClipLoss
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -79,8 +79,8 @@ class CoCaLoss(ClipLoss):
 
         Raises:
             ValueError: logits, labels, the scale or ``caption_loss_z`` are missing.
-            ValueError, TypeError, RuntimeError: as for :class:`ClipLoss`; and what ``torch.nn.CrossEntropyLoss`` raises
-                for logits and labels that do not fit together.
+            ValueError, TypeError, RuntimeError: as for :class:`ClipLoss`; and the errors of
+                ``torch.nn.CrossEntropyLoss`` for logits and labels that do not fit together.
         """
         if logit_scale is None:
             raise ValueError("CoCaLoss: logit_scale is missing")

@@ -56,7 +56,7 @@ class Columns:
         self.maximum, self.sum = cols.new_full(cols.shape[:1], -torch.inf), cols.new_zeros(cols.shape[:1])
 
     def add(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a strip [rows, N] of distillation; return its exponentials and the factor [N] for earlier sums."""
+        """Add a strip of logits [rows, N]; return its exponentials and the factor [N] on sums over earlier strips."""
         before, self.maximum = self.maximum, torch.maximum(self.maximum, logits.amax(0))
         powers, factor = (logits - self.maximum).exp_(), (before - self.maximum).exp_()
         self.sum = self.sum * factor + powers.sum(0)
@@ -72,7 +72,7 @@ def _strips(logits: Logits) -> Iterator[slice]:
 
 
 class Options(NamedTuple):
-    """The arguments of the cross-entropy that are not tensors."""
+    """The arguments of the cross-entropy of student and teacher that are not tensors."""
 
     both: bool  # True computes L of the equations above; False computes only L_row, where M may differ from N
     student_dtype: torch.dtype  # the features are rounded to it, as autocast would round the operands of a product
@@ -183,7 +183,7 @@ class DistillClipLoss(ClipLoss):
         """Return the mean over rows of the cross-entropy of logits [N, M] against the softmax of a teacher's logits."""
         return F.cross_entropy(student_logits, teacher_logits.softmax(1))
 
-    def forward(  # type: ignore[override]  # OpenCLIP's call, which has no bias
+    def forward(  # type: ignore[override]  # the arguments are OpenCLIP's, without a bias
         self,
         image_features: Tensor,
         text_features: Tensor,

@@ -76,7 +76,7 @@ class SigLipLoss(RankLoss):
         logit_bias: Tensor | float | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        """Compute the sigmoid loss of images [N, D] and the texts [N, D] of one rank; ``negative_only`` means no pairs.
+        """Compute the sigmoid loss of images and one rank's texts, [N, D] each; ``negative_only``: no row is a pair.
 
         Its name and arguments are those of OpenCLIP, since subclasses of OpenCLIP's loss and tests call it.
         """

@@ -173,7 +173,7 @@ class StepPlan:
         """
         # The probe without FSDP2 is used: a last block that FSDP2 has wrapped also computes tokens that are not pooled.
         # Any kind of checkpointing gives the same result, because it changes only the backward pass.
-        # A product in 8 bits counts fewer FLOPs than it has, so those of 16 bits are counted.
+        # A ledger divides the FLOPs of products in 8 bits by their speedup, so this probe has products in 16 bits.
         setup = dataclasses.replace(self._plain, precision=self.setup.precision.replace("fp8", "bf16"))
         plain = probe(setup, self.card, self._kinds)[self.setup.checkpointing]
         return 3 * sum(plain.flops(phase, rows) for phase in FORWARD)
@@ -216,8 +216,8 @@ class StepPlan:
             )
             return [images] * len(self.image_blocks) + [texts] * len(self.text_blocks)
 
-        # FSDP2 gathers the weights outside of blocks (embeddings and projections) first. They compute before and after
-        # the blocks, where no communication overlaps with them, so their computation counts as zero here.
+        # FSDP2 gathers the weights outside of blocks first. Their layers (embeddings and projections) compute before
+        # and after the blocks, where no communication overlaps with them, so their computation counts as zero here.
         computing = [0.0, *of_blocks(IMAGE_FORWARD, TEXT_FORWARD)]
         forward = overlap([root[0], *gather], computing, [0.0] * len(computing))
         again = gather[::-1] if self.setup.reshards else [0.0] * len(gather)
@@ -229,7 +229,7 @@ def overlap(gather: Sequence[float], compute: Sequence[float], reduce: Sequence[
     """Return the predicted seconds that communication adds to the computation of FSDP2's units, in their order.
 
     The weights of each unit are gathered before its computation, and its gradients are reduced after it, over one
-    link. The gather of a unit may start when the unit before it starts to compute, because FSDP2 then frees the one
+    link. The gather of a unit may start when the unit before it starts to compute, because FSDP2 then frees the unit
     before that. A collective of zero seconds does not take place.
 
     Args:
@@ -348,7 +348,7 @@ def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micr
 def combinations(setup: Setup, models: list[str], parallel: str | None, checkpointing: str | None) -> list[Setup]:
     """Return the setups of a plan's table: every model with every value of the options that are None.
 
-    On one GPU, "ddp" and "fsdp" are the same.
+    On one GPU, "ddp" and "fsdp" are the same, so only "ddp" is in the table.
     """
     ways = [parallel] if parallel else PARALLELS if setup.gpus > 1 else PARALLELS[:1]
     kinds = [checkpointing] if checkpointing else CHECKPOINTINGS

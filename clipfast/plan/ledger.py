@@ -74,7 +74,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        # By the address of each live storage: its category, its bytes, and a weak reference whose callback removes it.
+        # Maps the address of each live storage to its category, its bytes, and a weak reference that removes the entry.
         self._storages: dict[int, tuple[str, int, object]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,8 +93,8 @@ class Ledger(TorchDispatchMode):
             return results
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             # This is ``item()`` of a fake tensor, which has no value. Only CPU paths of clipfast's ops call it, and the
-            # dtype tells what they ask. A bool says whether an input is invalid (no), and an int8 whether the loss's
-            # exponentials share one shift (yes). A float is a scale, or that shift, which is 0 for usual scales.
+            # dtype tells which value they ask for. A bool says whether an input is invalid (no), and an int8 whether
+            # the loss's exponentials share one shift (yes). A float is a scale, or that shift, 0 for usual scales.
             dtype = args[0].dtype
             return 0.0 if dtype.is_floating_point else dtype != torch.bool
         given = _tensors([*args, *kwargs.values()])
@@ -158,7 +158,7 @@ class Ledger(TorchDispatchMode):
             self.events.append(Event(self.phase, _nbytes(tensors), self._enter(tensors), flops, is_fp8=is_fp8))
 
     def _enter(self, tensors: list[Tensor]) -> frozenset[int]:
-        """Add storages that are new to the ledger's live bytes, and return the addresses of all tensors' storages."""
+        """Add the bytes of storages that the ledger does not know; return the addresses of all tensors' storages."""
         storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         for key in [key for key in storages if key not in self._storages]:
             category, size = self.categories.get(self.phase, self.phase), storages[key].nbytes()

@@ -17,9 +17,9 @@ def seconds(
     """Return the predicted seconds of each phase of a ledger's ``events``, with separate clocks for host, GPU and link.
 
     The host launches one kernel after another. A kernel starts when the kernel before it has ended and its inputs have
-    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer; or if ``took`` is given, the seconds
-    that this has for the index of its event. A collective starts when its data is ready and the collective before it
-    has ended. ``with_messages=False`` leaves out the time of all communication.
+    arrived. It takes the time of its FLOPs or of its bytes, whichever is longer; or, if ``took`` is given, the seconds
+    that ``took`` has under the index of the kernel in ``events``. A collective starts when its data is ready and the
+    collective before it has ended. ``with_messages=False`` leaves out the time of all communication.
     """
     host = gpu = wire = 0.0
     arrivals: dict[int, float] = {}
@@ -61,7 +61,7 @@ def figures(ledger: Ledger) -> dict[str, int]:
 
 
 def predict(problem: Problem, cluster: Cluster) -> list[dict[str, Any]]:
-    """Return a row for each mode of the loss and for OpenCLIP's loss: its totals, its predicted seconds, and parts."""
+    """Return a row for each mode of the loss and for OpenCLIP's: predicted totals and seconds, and their breakdown."""
     sizes = [problem.rows] * problem.gpus
     auto = choose_mode(sizes, problem.embed_dim, problem.dtype, cluster.gpus_per_node) if problem.gpus > 1 else None
     rows = []

@@ -177,7 +177,7 @@ def run_loss(
         card: the GPU whose kernels are recorded, or None to run the CPU paths. Tensors are on the CPU in both cases,
             because PyTorch without CUDA computes no gradients of fake tensors on "cuda".
         is_fake: run ``rank`` on fake tensors without computing or sending anything; otherwise run this process's rank.
-        rank: the rank to run; the last one is the last to get its gradients in "gather".
+        rank: the rank to run; the highest rank is the last to get its gradients in the mode "gather".
         ledger_type: the class of the ledger, such as a sub-class that measures real memory.
     """
     with (

@@ -67,10 +67,10 @@ class Lock:
         except ValueError as error:
             raise FolderLostError(
                 f"{self.folder} was renamed or removed while the run wrote to it, and cannot be made again: {error}; "
-                f"the folder of before is {where}"
+                f"the earlier folder is {where}"
             ) from error
         before.close()
-        log.warning(f"{self.folder} was renamed or removed: it is made again for what comes; that of before is {where}")
+        log.warning(f"{self.folder} was renamed or removed, and is made again; the earlier folder is {where}")
         return True
 
     def _refuse_another(self) -> None:
@@ -81,7 +81,7 @@ class Lock:
                 raise ValueError(f"there is another folder of that name by now, with {min(found)}")
 
     def release(self) -> None:
-        """Release the lock of a run's folder. If the folder holds nothing else, also remove what the lock has made."""
+        """Release the lock of a run's folder; if the folder is empty otherwise, remove it if the lock has made it."""
         if self.is_held() and os.listdir(self.folder) == [LOCK_NAME]:
             self.path.unlink()
             _remove(self._made)

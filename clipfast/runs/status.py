@@ -87,8 +87,8 @@ def _last_lines(path: Path) -> list[tuple[str, str]]:
 RUNNING, FINISHED, INTERRUPTED, FAILED, DEAD = "running", "finished", "interrupted", "failed", "dead"
 ENDED = (FINISHED, INTERRUPTED, FAILED, DEAD)
 RECENT = 20  # number of lines of metrics from which the usual time between two lines is computed
-SILENCE = 10.0  # a warning appears if no line has come for this many times the usual time
-LEAST_SILENCE = 60.0  # no warning appears before this many seconds without a line
+SILENCE = 10.0  # a warning appears if no line of metrics has come for this many times the usual time
+LEAST_SILENCE = 60.0  # no warning appears before this many seconds without a line of metrics
 SHOWN_WARNINGS = 3
 FIGURES = (
     "epoch", "loss", "lr", "logit_scale", "pairs_per_second", "patches_per_second", "data_wait", "communication", "mfu",
@@ -146,7 +146,7 @@ def _state(history: History, process: str | None, step: int) -> str:
 
 
 def _evaluation(history: History) -> dict[str, Any] | None:
-    """Return the last evaluation of a run, with the metrics of all evaluations after the same step, as on ImageNet."""
+    """Return a run's last evaluation, with the metrics of all evaluations after its step, such as one on ImageNet."""
     if not history.evaluations:
         return None
     last, metrics = history.evaluations[-1], dict[str, Any]()

@@ -9,7 +9,7 @@ from .naflex_options import SEQ_LENS
 from .schedule import Epochs
 from .train_config import TrainConfig
 
-# By NaFlex option, the field of ``TokenBudget`` that holds its value.
+# Maps a NaFlex option of ``TrainConfig`` to the field of ``TokenBudget`` that holds its value.
 BUDGET = {
     "naflex_seq_lens": "seq_lens",
     "naflex_seq_len_probs": "seq_len_probs",
@@ -19,7 +19,7 @@ BUDGET = {
     "naflex_batch_divisor": "divisor",
 }
 PROCESSES = "processes"
-# The entry "stream" of a checkpoint holds the data order. Its keys for the batch sizes of NaFlex are these.
+# A checkpoint's entry "stream" describes the data order. This maps its keys for NaFlex to fields of ``TokenBudget``.
 STREAM = BUDGET | {PROCESSES: PROCESSES}
 
 

@@ -49,7 +49,7 @@ def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
 
 
 def uses_autocast(config: TrainConfig, device: torch.device) -> bool:
-    """Return True if a training run computes under autocast; with "auto" and "amp_fp8", a GPU does, and a CPU not."""
+    """Return True if a training run uses autocast; with "auto" and "amp_fp8", it does on a GPU, but not on a CPU."""
     return device.type == "cuda" if config.precision in ("auto", "amp_fp8") else config.precision.startswith("amp")
 
 
@@ -165,8 +165,8 @@ def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch
 def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callable[..., Tensor]:
     """Build the training loss on a model's outputs: the sigmoid loss for SigLIP, the contrastive loss for CLIP.
 
-    With several ranks, the mean of the ranks' losses is the loss of the whole batch, and so are the gradients. These
-    losses have one implementation for each kind of device, whatever ``--backend`` is.
+    With several ranks, the mean of the ranks' losses is the loss of the whole batch, and the mean of their gradients is
+    its gradient. The losses for several ranks have one implementation per kind of device, whatever ``--backend`` is.
 
     Raises:
         ValueError: ``--siglip`` or ``--no-siglip`` asks for the loss that does not fit the model.

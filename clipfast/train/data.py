@@ -250,7 +250,7 @@ def _refuse_changes(config: TrainConfig) -> None:
 
 
 def _refuse_less_than_a_batch(pairs: int, config: TrainConfig, plan: BatchPlan) -> None:
-    """Raise ValueError if the training data, or an epoch of the options, are smaller than one batch."""
+    """Raise ValueError if the training data, or an epoch of the length that the options set, hold less than a batch."""
     if pairs < plan.largest:
         option = "--naflex-max-tokens-per-batch" if config.use_naflex else "--batch-size"
         raise ValueError(
@@ -308,7 +308,7 @@ class SkipBudget:
         """
         if skipped <= self.limit * self.seen or self.limit == 0:
             return skipped > self.limit * self.seen
-        bad = min(1.0, skipped / self.seen)  # it could be above 1, since ranks may count their last bad pairs twice
+        bad = min(1.0, skipped / self.seen)  # the ratio may exceed 1, since ranks may count their last bad pairs twice
         good = 1 - bad
         divergence = bad * math.log(bad / self.limit) + (good * math.log(good / (1 - self.limit)) if good else 0.0)
         return math.exp(-self.seen * divergence) < BY_CHANCE

@@ -1,7 +1,7 @@
-"""The figures of a run with --precision amp_fp8: what is lost where the linear layers of a model round to 8 bits.
+"""The figures of a run with --precision amp_fp8: how much the linear layers of a model lose by rounding to 8 bits.
 
-They are measured on a few pairs of a step that is logged, by a forward and a backward pass of their own after the step,
-which changes neither weights nor gradients nor random numbers.
+The figures are measured on a few pairs of a step that is logged. After the step, these pairs go through a forward and a
+backward pass of their own, which changes neither weights nor gradients nor random numbers.
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ Found = dict[str, dict[str, Tensor]]
 
 
 class Fp8Figures:
-    """Measures the rounding of a model's linear layers.
+    """Measures the rounding to 8 bits in a model's linear layers.
 
     Args:
         model: the model.
@@ -38,9 +38,9 @@ class Fp8Figures:
         """Return the figures of a model's linear layers in 8 bits, for at most ``PAIRS`` of these pairs.
 
         Returns:
-            ``saturated`` and ``zero``: of inputs, weights and gradients of outputs, the share of numbers that have the
-            largest magnitude of 8 bits (a row has at least one), and of those that are rounded to zero. ``scale``: for
-            each weight, the largest scale of a row of its inputs, of itself, and of the gradients.
+            ``saturated`` and ``zero``: the share of numbers that get the largest magnitude of 8 bits (at least one in
+            each row), and the share that is rounded to zero; each for inputs, weights and gradients of outputs.
+            ``scale``: for each layer, the largest scales of the rows of its input, its weight and its gradient.
         """
         found: Found = defaultdict(dict)
         earliest: dict[bool, Tensor] = {}  # the first output of each tower, whose gradient passes through all others
@@ -59,7 +59,7 @@ class Fp8Figures:
         OBSERVERS.append(observe)
         try:
             with torch.enable_grad(), self.autocast():
-                # A compiled model is called as it was before.
+                # ``forward`` of the class is not compiled, so the layers of a compiled model call ``observe``, too.
                 loss = self.loss(*type(self.model).forward(self.model, images[:PAIRS], texts[:PAIRS]))
             if earliest:
                 torch.autograd.grad(loss, list(earliest.values()))
@@ -75,7 +75,7 @@ def _figures(x: Tensor) -> Tensor:
     values, scale, _ = quantize_rows(x)
     size = values.float().abs()
     is_lost = (size == 0) & (x != 0)
-    scale = scale.where(x.any(-1), 0)  # a row of zeros, such as the gradient of a row that is not read, has 1
+    scale = scale.where(x.any(-1), 0)  # a row of zeros, such as the gradient of an output that is not read, has scale 1
     return torch.stack([(size == LARGEST).float().mean(), is_lost.float().mean(), scale.max().float()])
 
 

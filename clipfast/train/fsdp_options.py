@@ -17,7 +17,7 @@ def check_fsdp(config: "TrainConfig") -> None:
     """Check that the training options work with FSDP2 if ``--fsdp`` is given, and do not need it otherwise.
 
     Raises:
-        ValueError: an option does not; the message names it, and the option to leave out.
+        ValueError: an option does not work with ``--fsdp``, or needs it; the message says which option to leave out.
     """
     parts = [name for name in ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu") if getattr(config, name)]
     if not config.fsdp and parts:

@@ -22,17 +22,17 @@ def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Ca
     """Return a function that takes a training step as ``step`` does, but as one CUDA graph.
 
     The first ``warmup`` calls run the step as it is, on a stream of their own. Then the step is captured, and later
-    calls copy their arguments into the captured ones and replay the graph. Arguments of other shapes or dtypes have
-    calls for warming up and a graph of their own, for at most ``max_graphs`` sets of shapes; further ones, and shapes
-    that are seen seldom, run as they are. Arguments on a CPU just run.
+    calls copy their arguments into the captured ones and replay the graph. Each set of argument shapes and dtypes has
+    warm-up calls and a graph of its own, for at most ``max_graphs`` sets. For further sets, for sets that are seen
+    seldom, and on a CPU, the step runs without a graph.
 
     A replay repeats the kernels of the captured call, and none of its Python code. So these must hold:
 
     - Everything that changes from call to call is a tensor among the arguments, or a tensor that is written in place,
-      such as a learning rate. Arguments are tensors, and structures of tensors; True, False, None and texts choose a
-      graph each.
+      such as a learning rate. Arguments are tensors, and structures of tensors; they may also be True, False, None or
+      strings, and each such value has a graph of its own.
     - Nothing waits for the GPU: no ``.item()``, no ``.cpu()``, no ``if`` on a tensor, no ``torch.tensor(1.0)`` on it.
-      So our models compute the padding of texts here, unless the arguments are packed (:func:`clipfast.pack_texts`).
+      So clipfast's models compute the padding of texts, unless texts come packed (:func:`clipfast.pack_texts`).
     - Weights, buffers and the state of the optimizer stay where they are: they are written in place, as by
       ``load_state_dict``, and not replaced. The optimizer has ``capturable=True``.
     - Gradients are either reset, made and used within the step, or never set to None: ``zero_grad(set_to_none=False)``.
@@ -45,7 +45,7 @@ def graphed(step: Callable[P, R], *, warmup: int = 3, max_graphs: int = 8) -> Ca
         step: a function of tensors on one GPU, which take no gradients. It returns tensors, which get no gradients
             either: a training step calls ``backward`` itself.
         warmup: number of calls before the capture, in which memory is allocated and kernels are compiled and loaded.
-        max_graphs: largest number of graphs. Each has copies of its arguments; all use the same other memory.
+        max_graphs: largest number of graphs. Each has copies of its arguments; they share all other memory.
 
     Raises:
         TypeError, ValueError: by the returned function, for arguments that a graph cannot take. An error in a capture
@@ -136,7 +136,7 @@ def _copied(results: Any, copy: Callable[[Tensor], Tensor]) -> Any:
 class Captures:
     """A stream and a memory pool of a GPU, in which functions are captured as CUDA graphs.
 
-    All graphs share the pool: they are replayed one after another, and each begins without what another left there.
+    All graphs share the pool: they are replayed one after another, and none reads what another has left in the pool.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The guard against gradients that are not finite: it skips their steps on all ranks or on none, and records them.
+"""The guard against gradients that are not finite: it skips a step on all ranks or on none, and records skipped steps.
 
 The verdict on a step, whether it is skipped, needs no communication of its own. A loss that is not finite makes its
 rank's gradients NaN. The mean of the ranks' gradients then is NaN on all ranks, so all ranks find the same norm and
@@ -124,7 +124,7 @@ class GuardedLoss:
 
     Attributes:
         loss: the loss.
-        scale: maps the number of pairs of this process to a factor on the gradients, which the loss does not get.
+        scale: maps the number of pairs of this process to a factor on the gradients; the returned loss lacks it.
     """
 
     loss: Callable[..., Tensor]
@@ -151,8 +151,8 @@ def norms_of_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
     if cut:
         like: Any = gradients[cut[0]]  # FSDP2 shards all gradients over the same mesh
         mesh = like.device_mesh
-        # The norms may be in the host's memory, and go to the device that can communicate. Squares of large norms
-        # overflow in float32.
+        # The norms may be in the host's memory, and are moved to the device that can communicate. They are squared in
+        # float64, since squares of large norms overflow in float32.
         squares = torch.stack([norms[place] for place in cut]).to(mesh.device_type, torch.float64).square_()
         for dimension, placement in enumerate(like.placements):
             if placement.is_shard():

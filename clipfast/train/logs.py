@@ -45,7 +45,7 @@ class Meters:
 
     def __init__(self, device: torch.device, parallel: nn.Module | None = None, every: int = 1) -> None:
         self.device, self.parallel = device, parallel
-        # By sequence length (None for images of one size), the seconds of a step at an MFU of 1; empty if unknown.
+        # Maps a sequence length (None for images of one size) to seconds of a step at an MFU of 1; empty if unknown.
         self._seconds_at_peak: dict[int | None, float] = {}
         self._tells_nvml = device.type == "cuda"
         self._was_throttled = False
@@ -74,7 +74,7 @@ class Meters:
         whole = "" if None in flops else "as if each image had all patches that its batch drew, "
         return (
             f"MFU: a step has {shown} TFLOP of the model, with all padding of texts, {whole}and "
-            f"without what is computed a second time; {ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the "
+            f"without recomputed activations; {ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the "
             "data sheet"
         )
 
@@ -121,8 +121,8 @@ class Meters:
             self._was_throttled = True
             log.warning(
                 f"{self.device} runs slower than it could, by {', '.join(throttles(state['reasons']))}: "
-                f"{state['sm_mhz']} MHz, {state['power_w']:.0f} W, {state['temperature_c']} °C. It is said once; "
-                "metrics.jsonl has the figures of each line."
+                f"{state['sm_mhz']} MHz, {state['power_w']:.0f} W, {state['temperature_c']} °C. There is no second "
+                "warning; metrics.jsonl has the figures of each line."
             )
         return {"gpu": state}
 

@@ -161,7 +161,7 @@ def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractConte
     ``step`` is the step from which the run resumes in its own folder, or None.
 
     Raises:
-        ValueError: the place cannot be used, or holds another run.
+        ValueError: the URL cannot be used, or holds another run.
     """
     config, made = trainer.config, list[contextlib.AbstractContextManager[object]]([contextlib.nullcontext()])
 

@@ -18,7 +18,7 @@ LOSS_SCALES = ("none", "linear", "sqrt")
 class NaFlexOptions:
     """The options of :class:`clipfast.train.TrainConfig` with which a NaFlex model trains on images of several sizes.
 
-    All others need ``use_naflex``.
+    All of these options but ``use_naflex`` itself need ``use_naflex``.
     """
 
     use_naflex: bool = option(
@@ -61,13 +61,13 @@ def check_naflex(config: "TrainConfig") -> None:
     """Check that the training options work with ``--use-naflex`` if it is given, and do not need it otherwise.
 
     Raises:
-        ValueError: an option does not; the message names it, its value, and values that would work.
+        ValueError: an option does not work with ``--use-naflex``, or needs it; the message says what to change.
     """
     if not config.use_naflex:
         fields = dataclasses.fields(NaFlexOptions)
         given = [flag_name(field.name) for field in fields if getattr(config, field.name) != field.default]
         if given:
-            raise ValueError(f"{', '.join(given)} without --use-naflex: give that too, or leave it out")
+            raise ValueError(f"{', '.join(given)} without --use-naflex: give --use-naflex too, or leave it out")
         return
     for name in ("naflex_seq_len", "naflex_patch_size"):
         _check_draw(config, f"{name}s", f"{name}_probs")

@@ -216,14 +216,14 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
     known = inspect.signature(kind).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     betas, eps = adam_defaults(config, model)
-    # Optimizers of other packages keep their own betas and eps; the others get CLIP's.
+    # Optimizers of other packages keep their own betas and eps; PyTorch's optimizers and StableAdamW get CLIP's.
     has_ours = "betas" in known and (kind is StableAdamW or kind.__module__.startswith("torch.optim."))
     options: dict[str, Any] = {}
     for flag, argument, value, is_given in (
         ("--beta1 and --beta2", "betas", betas, config.beta1 != 0.9 or config.beta2 is not None),
         ("--eps", "eps", eps, config.eps is not None),
         ("--momentum", "momentum", config.momentum, config.momentum is not None),
-        ("--wd", "weight_decay", None, config.wd > 0),  # its value is in the groups
+        ("--wd", "weight_decay", None, config.wd > 0),  # the parameter groups hold its value
         ("--cuda-graphs", "capturable", True, config.cuda_graphs),
     ):
         if is_given and argument not in known and not takes_any:

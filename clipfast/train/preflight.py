@@ -187,7 +187,7 @@ def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: Wo
     if free < needed:
         raise ValueError(
             f"{device} has {scaled(free, BYTES)} of its {scaled(total, BYTES)} free, and weights, gradients and "
-            f"the optimizer's state of {config.model} take {scaled(needed, BYTES)}: end what else runs there (see "
+            f"the optimizer's state of {config.model} take {scaled(needed, BYTES)}: end other processes there (see "
             "nvidia-smi), take another GPU by --device cuda:N or a smaller --model, or halve it by --precision "
             "pure_bf16"
         )

@@ -20,10 +20,10 @@ from ..runs.folder import RunFolder
 from ..runs.lock import LOCK_NAME, locked
 
 log = logging.getLogger("clipfast")
-ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts to upload a file; seconds before the second one, which then double
+ATTEMPTS, FIRST_WAIT = 3, 1.0  # attempts to upload a file; seconds before the second attempt, doubled for each further
 LAST_UPLOAD = 600.0  # a finished run waits at most this many seconds for its last upload
-# On these file systems a file is uploaded under a temporary name and then renamed, since readers could see half of it.
-# Object stores such as S3 show a file only when it is complete.
+# On these file systems a file is uploaded under a temporary name and then renamed, since readers could see a half
+# uploaded file. Object stores such as S3 show a file only when it is complete.
 RENAMING = {"file", "local", "sftp", "ssh", "smb", "hdfs", "arrow_hdfs", "webhdfs"}
 # A resumed run appends to these files of its folder, so they are downloaded with a checkpoint.
 RECORDS = ("config.json", "metrics.jsonl", "skipped.tsv", "out.log")
@@ -72,7 +72,7 @@ class RemoteCopy:
         self._wake.set()
         join(self._thread, LAST_UPLOAD)
         if self._thread.is_alive():
-            log.error(f"--remote-sync: the last upload to {self.url} is not done after {LAST_UPLOAD:.0f} s; it is left")
+            log.error(f"--remote-sync: the last upload to {self.url} took over {LAST_UPLOAD:.0f} s, and is given up")
 
     def notify(self) -> None:
         """Tell the uploading thread that the run has new files."""
@@ -93,7 +93,7 @@ class RemoteCopy:
             )
 
     def restore(self) -> list[str]:
-        """Download the newest complete remote checkpoint and the run's records, unless a local one is as new.
+        """Download the newest complete remote checkpoint and the run's records, unless a local checkpoint is as new.
 
         If a downloaded checkpoint is damaged, the next older one is tried.
 
@@ -175,7 +175,7 @@ class RemoteCopy:
     def _is_hidden(self, path: Path) -> bool:
         """Return True for a temporary file or folder, whose name begins with a dot.
 
-        The file ``.metadata`` of a sharded checkpoint (PyTorch's DCP) is none.
+        The file ``.metadata`` of a sharded checkpoint (PyTorch's DCP) is not temporary.
         """
         within = path.relative_to(self.folder.path).parts
         if STEP.fullmatch(path.parent.name):
@@ -224,7 +224,7 @@ class RemoteCopy:
         return sent
 
     def _is_there(self, remote: str, status: os.stat_result) -> bool:
-        """Return True if the remote file has the local file's size and is not older, as after an earlier session."""
+        """Return True if the remote file has the local file's size and is not older: an earlier session uploaded it."""
         try:
             is_as_long = self._fs.info(remote)["size"] == status.st_size
             return bool(is_as_long and self._fs.modified(remote).timestamp() >= status.st_mtime)
@@ -255,7 +255,7 @@ class RemoteCopy:
         path = self.folder.checkpoints / remote.rpartition("/")[2]
 
         def download(temporary: Path) -> None:
-            """Download the checkpoint to a temporary path; raise CheckpointError if it is damaged or of other steps."""
+            """Download the checkpoint to a temporary path; raise CheckpointError if damaged or of another step."""
             if path.suffix:
                 self._fs.get_file(remote, str(temporary))
             else:

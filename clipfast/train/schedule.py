@@ -25,9 +25,10 @@ class Epoch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """The epochs of a training run, ``length`` pairs or tokens each, in one sequence of batches. A batch may span two.
+    """The epochs of a training run, ``length`` pairs or tokens each, in one sequence of batches.
 
-    The run ends after ``total_steps`` steps. That may be in the middle of an epoch.
+    A batch may begin in one epoch and end in the next. The run ends after ``total_steps`` steps, perhaps within an
+    epoch.
     """
 
     length: int

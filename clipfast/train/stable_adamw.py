@@ -38,7 +38,7 @@ class StableAdamW(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = {}  # parameters that had no gradient in some step are behind the others
+            by_step: dict[int, list[Tensor]] = {}  # by the count of their steps: those without a gradient took fewer
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter]
@@ -51,7 +51,7 @@ class StableAdamW(torch.optim.Optimizer):
                 self._update(group, parameters, number)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], number: int) -> None:
-        """Update the ``parameters`` of a group of the optimizer, whose step has this number."""
+        """Update those ``parameters`` of an optimizer group that take their step ``number``, counted from 1."""
         (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
         grads: Any = [parameter.grad for parameter in parameters]
         first = [self.state[parameter]["exp_avg"] for parameter in parameters]

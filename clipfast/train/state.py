@@ -152,7 +152,7 @@ class RunState:
             self.step.micro_batch_size = own["micro_batch_size"]
 
     def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
-        """Raise ValueError, as options or shards that determine the data differ from a checkpoint within an epoch.
+        """Raise ValueError: the checkpoint is from within an epoch, and options or shards that determine data differ.
 
         ``changed`` holds the differing entries of the checkpoint's "stream", with their values there.
         """
@@ -162,7 +162,7 @@ class RunState:
                 "data: start from its weights with --pretrained"
             )
         names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
-        if changed.keys() == {"num_samples"}:  # if others differ too, the number may have changed because of them
+        if changed.keys() == {"num_samples"}:  # if other entries differ too, they may be why the number has changed
             names["num_samples"] = "train_num_samples"
         flags = [
             f"{flag_name(name)} (was {was})"
@@ -183,7 +183,7 @@ class RunState:
         """Load the optimizer's moments from a checkpoint; the learning rate and other options stay those of this run.
 
         ``groups`` holds the parameter names of each group in the checkpoint; None if the checkpoint has no names, as
-        those of OpenCLIP and of earlier versions.
+        checkpoints of OpenCLIP and of earlier versions of clipfast.
         """
         for group, mine in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
             group.update({key: value for key, value in mine.items() if key != "params"})

@@ -43,8 +43,8 @@ class Upload:
     def __call__(self, batch: Batch, micro_batch_size: int | None = None) -> tuple[Images, Texts]:
         """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` must be in pinned memory.
 
-        Packed texts, and packed images of several sizes, are packed separately for each micro-batch. Such images are a
-        list even if there is only one micro-batch.
+        Packed texts, and packed images of several sizes, are packed separately for each micro-batch. Packed images are
+        a list even if there is only one micro-batch.
         """
         size = micro_batch_size or len(batch)
         texts: Texts = batch.texts
@@ -137,7 +137,7 @@ class TrainingStep:
         return loss
 
     def _backward(self, images: Images, texts: Texts) -> Tensor:
-        """Run forward and backward on a training batch, in micro-batches if it is larger than one; return its loss."""
+        """Run forward and backward on a training batch, in micro-batches if it exceeds their size; return its loss."""
         first, *others = micro_batches(images, texts, self.micro_batch_size)
         if others:
             with self.autocast():
@@ -214,7 +214,8 @@ class TrainingStep:
 def at_once(size: int, longest: int | None, seq_len: int | None) -> int:
     """Return the number of pairs of a training micro-batch whose images have up to ``seq_len`` patches.
 
-    It has as many tokens as one of ``size`` pairs with ``longest`` patches. Both are None for images of one size.
+    It has as many patches as a micro-batch of ``size`` pairs with ``longest`` patches each. ``longest`` and ``seq_len``
+    are None for images of one size.
     """
     return size if seq_len == longest else size * length_of(longest) // length_of(seq_len)
 

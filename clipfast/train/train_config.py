@@ -66,8 +66,8 @@ class TrainConfig(NaFlexOptions, DataOptions):
     )
     distill_pretrained: str | None = option(None, "weights of the teacher: a tag or a checkpoint")
     batch_size: int = option(
-        256, "pairs per step of each process; with --use-naflex, only the number that --naflex-loss-scale compares "
-        "with, and of pairs in the loss of an evaluation", int, positive=True,
+        256, "pairs per step of each process; with --use-naflex, only the divisor of --naflex-loss-scale, and the "
+        "number of pairs in the loss of an evaluation", int, positive=True,
     )  # fmt: skip
     global_batch_size: int | None = option(
         None, "pairs per step of all processes together, in place of --batch-size (default: --batch-size times the "
@@ -115,7 +115,9 @@ class TrainConfig(NaFlexOptions, DataOptions):
         None, "factor on the learning rate from each layer of the image tower to the one before it; the projection "
         "keeps --lr", float, positive=True, most=1, aliases=("--visual-layer-decay",),
     )  # fmt: skip
-    text_layer_decay: float | None = option(None, "the same for the text tower", float, positive=True, most=1)
+    text_layer_decay: float | None = option(
+        None, "as --image-layer-decay, for the text tower", float, positive=True, most=1
+    )
     beta1: float = option(0.9, "beta1 of AdamW", float, **BELOW_1)
     beta2: float | None = option(
         None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for others)", float, **BELOW_1
@@ -148,7 +150,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
         int, not_negative=True,
     )  # fmt: skip
     lock_text_freeze_layer_norm: bool = option(
-        False, "changes nothing: layer norms are always locked with their block; for OpenCLIP's commands", bool
+        False, "accepted from OpenCLIP's commands: layer norms are always locked with their block", bool
     )
     precision: str = option(
         "auto", "auto is amp_bf16 on a GPU, else fp32; amp and amp_bfloat16 are amp_bf16 too; amp_fp8 is auto "
@@ -180,7 +182,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
     )  # fmt: skip
     device: str = option("auto", "cpu, cuda, or auto for a GPU if there is one")
     set_device_rank: bool = option(
-        True, "give each process the GPU of its number; without it, the first of those that it sees", bool
+        True, "give each process the GPU with its local rank; otherwise each takes the first GPU that it sees", bool
     )
     use_bn_sync: bool = option(False, "normalise by the statistics of all processes' images (SyncBatchNorm)", bool)
     ddp_static_graph: bool = option(
@@ -248,7 +250,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
         None, "folder of ImageNet's validation images, one sub-folder per class, for zero-shot accuracy with OpenAI's "
         "prompts",
     )  # fmt: skip
-    imagenet_v2: str | None = option(None, "the same for ImageNet-V2")
+    imagenet_v2: str | None = option(None, "folder of ImageNet-V2's images, as for --imagenet-val")
     zeroshot_frequency: int = option(
         2, "evaluate on ImageNet every so many epochs, and after the last one; with 0, never", int, not_negative=True
     )
@@ -269,15 +271,15 @@ class TrainConfig(NaFlexOptions, DataOptions):
         "--resume latest goes on from it if it has a newer checkpoint than --logs"
     )  # fmt: skip
     remote_sync_frequency: int = option(
-        300, "seconds between the starts of two uploads of --remote-sync at least", int, positive=True
+        300, "least number of seconds between the starts of two uploads of --remote-sync", int, positive=True
     )
     save_frequency: int = option(
         1, "keep epoch_N.pt every so many epochs, and after the last one; with 0, never", int, not_negative=True
     )
-    delete_previous_checkpoint: bool = option(False, "of epoch_N.pt, keep the last one only", bool)
+    delete_previous_checkpoint: bool = option(False, "keep only the last epoch_N.pt", bool)
     log_every_n_steps: int = option(50, "steps between two log lines", int, positive=True)
     log_metric_every_n_steps: int | None = option(
-        None, "steps between two lines of metrics.jsonl (default: those that are logged)", int, positive=True
+        None, "steps between two lines of metrics.jsonl (default: --log-every-n-steps)", int, positive=True
     )
     report_to: str = option(
         "", "further places for the figures of the run: wandb, or all; TensorBoard's files are always written, to "

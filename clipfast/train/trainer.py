@@ -110,7 +110,7 @@ class Trainer:
         self._fp8: Fp8Figures | None = None
         if config.precision == "amp_fp8" and world.is_main and not self._is_sharded:
             self._fp8 = Fp8Figures(self.model, build_loss(config, self.model), autocast)
-        self._figures: dict[str, Any] = {}  # the figures of 8 bits of the last step, if that is logged
+        self._figures: dict[str, Any] = {}  # figures of rounding to 8 bits in the last step that is logged
         self.log = TrainLog(folder, self.data.epochs, world, meters, signs)
         self.progress = Progress()
         doctor = source_command(["doctor", "--data", config.train_data, "--all"], vars(config))
@@ -233,7 +233,7 @@ class Trainer:
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        # Ranks that write a sharded checkpoint wait for each other, perhaps for one that is gone: this takes a timeout.
+        # Ranks that write a sharded checkpoint wait for each other, perhaps for a lost rank, so there is a timeout.
         self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")

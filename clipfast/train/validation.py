@@ -202,7 +202,7 @@ class Validation:
     def _results(self, features: LabelledFeatures | None, skipped: int) -> Evaluation:
         """Compute zero-shot accuracy and retrieval from the features of the validation data, on rank 0."""
         if features is None:
-            raise RuntimeError("the features of an evaluation are on rank 0, and this is another one")
+            raise RuntimeError("the features of an evaluation are on rank 0, and this is another rank")
         at_once = self.config.micro_batch_size
         return evaluate(
             self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=skipped,

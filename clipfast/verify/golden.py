@@ -67,7 +67,7 @@ def _curve(leg: str, autocast: torch.dtype | None) -> Curve:
 def verify_golden(path: Path, leg: str, *, update: bool = False) -> list[CheckResult]:
     """Compare golden curves on a leg with those in a file; without a file, or with ``update``, write them into it.
 
-    If the file has no curve of this kind of device, it is compared with all that the file has, within a tolerance.
+    If the file has no curve of this kind of device, a tolerance holds for the comparison with every curve in it.
 
     Raises:
         ValueError: the file holds no golden curves.

@@ -82,9 +82,10 @@ class Model:
 
     module: nn.Module
     loss: Callable[..., Tensor] = reference.contrastive_loss
-    # If the module takes other arguments than our models, this function with our arguments calls it.
+    # Calls the module with the arguments of clipfast's models, if the module takes other arguments.
     call: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
-    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # maps its gradients to our parameter names
+    # Takes gradients by the module's parameter names, and returns them by clipfast's names.
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
 
     def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Run forward and backward on images [B, 3, H, W] and texts [B, L]; return features, loss and gradients.

@@ -132,7 +132,7 @@ def _different_bytes(first: Tensor, second: Tensor) -> int:
 def planned(spec: OpSpec, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterator[tuple[Case, str]]:
     """Yield each case of an op that runs on ``leg``, with each dtype in which it runs there.
 
-    ttsem executes what is small enough for the interpreter, but repeats nothing.
+    The leg of ttsem has the interpreter's cases, which are small enough for it, except those that repeat a call.
     """
     for case in spec.cases:
         runs = INTERPRETER in case.legs and case.check != DETERMINISM if leg == SANITIZER else leg in case.legs
@@ -146,7 +146,7 @@ def planned(spec: OpSpec, leg: str, dtypes: Iterable[str], *, quick: bool) -> It
 def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[CheckResult]:
     """Run a check of the verification and return its results, which share its seconds; an exception becomes a failure.
 
-    ``rows`` is the check, and ``template`` is the result that fails if it raises.
+    ``rows`` is the check, and ``template`` the result that is returned as a failure if the check raises an error.
     """
     started = time.perf_counter()
     try:

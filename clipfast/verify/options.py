@@ -28,7 +28,7 @@ HANG_SECONDS = 300.0  # a leg's process that gives no result for this long count
 
 
 def installed(peer: str) -> bool:
-    """Return whether a peer ("openclip" or "hf"), with whose models ours are compared, can be imported."""
+    """Return whether a peer ("openclip" or "hf"), with whose models clipfast's are compared, can be imported."""
     return importlib.util.find_spec(PEERS[peer][0]) is not None
 
 
@@ -43,15 +43,15 @@ class Options:
 
     ops: tuple[str, ...] = OPS
     models: tuple[str, ...] = (DEFAULT_MODEL,)
-    dtypes: tuple[str, ...] = DTYPES  # or their short names, such as "fp32"
-    against: tuple[str, ...] | None = None  # "openclip", "hf"; None: OpenCLIP if it is installed
+    dtypes: tuple[str, ...] = DTYPES  # PyTorch's names, such as "float32", or short names, such as "fp32"
+    against: tuple[str, ...] | None = None  # peers of the models, "openclip" or "hf"; None: OpenCLIP if it is installed
     device: str = "auto"  # "cpu", "cuda" or "auto", which is a GPU if there is one
     quick: bool = False  # whether to run fewer cases, which take about a minute
-    legs: tuple[str, ...] | None = None  # "cpu", "interpreter", "cuda"; None: those that suit the device
+    legs: tuple[str, ...] | None = None  # "cpu", "interpreter", "cuda"; None: the legs that suit the device
     others: tuple[str, ...] = ()  # checks of other people's kernels, MODULE:NAME, in place of all ops
     archs: tuple[int, ...] = (80, 90)  # compute capabilities that other people's kernels are compiled for
     golden: str = ""  # a file of golden curves to compare with, in place of all checks
-    update: bool = False  # whether to write that file
+    update: bool = False  # whether to write the file ``golden`` in place of comparing with it
     hang_seconds: float = HANG_SECONDS  # the subprocess of a leg is killed if it gives no result for this long
 
     def __post_init__(self) -> None:

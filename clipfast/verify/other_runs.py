@@ -38,7 +38,7 @@ class Recorded:
     arch: int  # compute capability
 
 
-# Compiles recorded launches, and yields the results of each kernel.
+# The type of a function that compiles recorded launches, and yields the results of each kernel.
 Compiled = Callable[[Recorded], Iterator[list[CheckResult]]]
 
 
@@ -64,8 +64,8 @@ def checks_of_other(other: KernelCheck | OpSpec, leg: str, options: Options) -> 
             partial(verify_other, spec, leg, case, dtype, quick=options.quick),
         )
         for case, dtype in planned(spec, leg, dtypes, quick=options.quick)
-        # Races and bounds hardly depend on the dtype, so ttsem runs only plain inputs in all dtypes; other layouts and
-        # extreme values in the first one, and in bfloat16, which the interpreter does not run.
+        # Races and bounds hardly depend on the dtype, so ttsem runs only plain inputs in all dtypes. It runs other
+        # layouts and extreme values in the first dtype, and in bfloat16, which the interpreter does not run.
         if leg != SANITIZER or case.name == str(case.shape) or dtype in (dtypes[0], "bfloat16")
     ]
     if isinstance(other, KernelCheck) and other.registered is not None and leg in (CPU, CUDA):
@@ -123,7 +123,7 @@ def _record_at(other: KernelCheck | OpSpec, shape: Shape, dtype: str, arch: int)
             choices = run()
         except Exception as error:
             raise ValueError(f"{spec.name}: the function raised at {shape}: {type(error).__name__}: {error}") from error
-        # While FLOPs are counted, launches that are wrapped for torch.compile cannot be recorded: this is another call.
+        # While FLOPs are counted, launches that are wrapped for torch.compile cannot be recorded, so this calls again.
         with contextlib.suppress(Exception), FlopCounterMode(display=False) as counter:
             run()
     itemsize = TORCH_DTYPES[dtype].itemsize

@@ -51,7 +51,7 @@ class Sizes(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class KernelCheck:
-    """Somebody's kernel, and what it is checked with.
+    """A kernel of another project, with the reference, inputs and sizes by which ``clipfast verify`` checks it.
 
     Attributes:
         function: the function that launches the kernel. It takes tensors by name, and returns one or a tuple of them.
@@ -59,16 +59,16 @@ class KernelCheck:
         inputs: ``inputs(draw, **sizes)`` returns the tensors by name; floating ones in float32, which are cast to each
             dtype. ``draw`` is a :class:`~clipfast.kernels.spec.Draw`, with methods ``normal``, ``unit`` and
             ``integers``.
-        shapes: the sizes to check, such as ``{"rows": 5, "cols": 100}``. The first also has its inputs in odd layouts
-            and with extreme values. They should be small, since a kernel may be interpreted.
+        shapes: the sizes to check, such as ``{"rows": 5, "cols": 100}``; at the first, inputs also have odd layouts
+            and extreme values. Sizes should be small, since a kernel may be interpreted.
         real: the sizes of real use, at which the kernel is compiled and its time is predicted; by default the last of
-            ``shapes``. A GPU checks its errors there too. PyTorch's ops between the kernels run at this size on a CPU.
-            If no kernel is launched there, the last of ``shapes`` with one takes its place.
+            ``shapes``. On a GPU, errors are checked at them too. On a CPU, PyTorch's ops between the kernels run at
+            them. If no kernel is launched at these sizes, the last of ``shapes`` that launches one takes their place.
         dtypes: the dtypes that the kernel takes, or their names.
-        extremes: the names of the extreme values that it should take, of :data:`EXTREMES`.
+        extremes: the names of the extreme values that the kernel should take, of :data:`EXTREMES`.
         scaled: the inputs that have the extreme values; by default the first floating one.
         float32: the inputs that stay float32.
-        gradients: whether gradients are checked; None: if the function's results have any.
+        gradients: whether gradients are checked; None checks them if the function's results require gradients.
         op: the registered PyTorch op, which ``torch.library.opcheck`` checks.
         floor: ``floor(itemsize, **sizes)`` returns the least work of a call, and of its backward if it has one.
         name: the name in the report.
@@ -103,7 +103,7 @@ class KernelCheck:
         for name in ("dtypes", "extremes", "scaled", "float32"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"KernelCheck: {name} must be a tuple of names, got {getattr(self, name)!r}")
-        # Reports, and PyTorch, have other names for the same dtypes.
+        # Dtypes may be given as PyTorch's dtypes or by their long names; they are stored by clipfast's short names.
         short = {word: name for name, dtype in DTYPES.items() for word in (dtype, dtype_name(dtype))}
         object.__setattr__(self, "dtypes", tuple(short.get(word, word) for word in self.dtypes))
         for name, given, known in ("dtypes", self.dtypes, DTYPES), ("extremes", self.extremes, EXTREMES):
@@ -133,7 +133,7 @@ class KernelCheck:
                 inputs[name] = EXTREMES[values] * inputs[name]
             if not with_gradients:
                 return Call(inputs)
-            # The results at real sizes may be large, and only their shapes are needed.
+            # Only the shapes of the results are needed, so the reference runs on the device "meta".
             results = _tuple(self.reference(**{name: x.to("meta") for name, x in inputs.items()}))
             return Call(inputs, tuple(draw.normal(*result.shape) for result in results))
 
@@ -183,7 +183,7 @@ class KernelCheck:
         """Return the least work of the kernel at these sizes; no work if its author gave none.
 
         Raises:
-            TypeError, ValueError: ``floor`` fails, or returns something else.
+            TypeError, ValueError: ``floor`` fails, or returns no ``Floor``.
         """
         if self.floor is None:
             return Floor(0, 0)
@@ -217,7 +217,7 @@ class KernelCheck:
 
     @functools.cached_property
     def has_gradients(self) -> bool:
-        """Return whether gradients of the kernel are checked; if that was not said, its results are asked.
+        """Return whether gradients of the kernel are checked: ``gradients``, or else whether its results require them.
 
         Raises:
             ValueError: the function fails.

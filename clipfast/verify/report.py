@@ -143,7 +143,7 @@ def read_json(path: Path) -> tuple[list[CheckResult], dict[str, Any]]:
 def write_junit(path: Path, rows: Sequence[CheckResult]) -> None:
     """Replace ``path`` by JUnit XML: a suite for each leg with a testcase for each result, named after its op.
 
-    The legs run at the same time in processes of their own, so the whole takes as long as the longest of them.
+    The legs run at the same time in processes of their own, so the time of all suites is that of the longest leg.
     """
     legs = {leg: [row for row in rows if row.leg == leg] for leg in dict.fromkeys(row.leg for row in rows)}
     totals = {leg: _totals(found) for leg, found in legs.items()}

@@ -25,7 +25,7 @@ BEYOND_CHANCE = 300.0
 
 # One draw of the inputs gives three sets of named results: ours, PyTorch's at the same dtype, and the truth.
 Draw = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
-# One of these three sets (say, ours) for each of several draws.
+# One of the three sets of a ``Draw``, such as ours, for each of several draws.
 Results = Sequence[Mapping[str, Tensor]]
 
 

@@ -37,7 +37,7 @@ def legs_of(options: Options) -> tuple[str, ...]:
 
 
 def checks(options: Options, leg: str) -> list[Check]:
-    """Return all checks of the verification on ``leg``. On "interpreter" they are only ops, since models take long.
+    """Return all checks of the verification on ``leg``; on "interpreter", only those of ops, since models take long.
 
     With ``options.others``, they are the checks of other people's kernels.
     """
@@ -109,8 +109,8 @@ def iter_groups(
 ) -> Iterator[list[CheckResult]]:
     """Run the checks of the verification, and yield the results of each; one that raises becomes a failed result.
 
-    Before the first check runs, ``on_total`` is called with their number, unless they are of other people's kernels.
-    ``compiled`` compiles the launches of these, and yields the results.
+    ``on_total`` is called with the number of checks before the first one runs, unless they are of other people's
+    kernels. ``compiled`` compiles the launches of other people's kernels, and yields the results.
 
     Raises:
         ValueError: the options leave nothing to check.

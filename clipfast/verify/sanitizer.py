@@ -31,14 +31,14 @@ def sanitizer_session(**options: Any) -> Iterator[Any]:
     before, write_back = dict(vars(torch.cuda)), sanitize._write_back
 
     def write_all_back(record: Any, execution: Any) -> None:
-        """Give tensors what a kernel has stored; ttsem itself leaves out what went through descriptors."""
+        """Copy the values that a kernel has stored into its tensors; ttsem itself leaves out those of descriptors."""
         bound = {
             name: value.base if isinstance(value, TensorDescriptor) else value for name, value in record.bound.items()
         }
         write_back(dataclasses.replace(record, bound=bound), execution)
 
     def ir_for_launch(record: Any, stage: str, target: Any) -> str:
-        """Compile a kernel as far as the IR that is executed; ttsem itself would compile and assemble all of it."""
+        """Compile a kernel only down to the IR that ttsem executes; ttsem itself would go on to an assembled binary."""
         mlir.enable_generic_printing()
         return mlir.to_generic(harness._stage_text(record, stage, target), None)
 

@@ -1,8 +1,9 @@
 """A stand-in for a GPU, for the verification of other people's kernels on a machine without one.
 
-Code that was written for a GPU asks Triton's driver and ``torch.cuda`` about it, refuses tensors that are not on it,
-and lets an autotuner time its configurations. In the contexts here, all of these answer as a GPU would, while every
-tensor is in the memory of the CPU. The kernels are then interpreted, executed by ttsem, or only recorded.
+Code that was written for a GPU asks Triton's driver and ``torch.cuda`` about the GPU, refuses tensors on other devices,
+and lets an autotuner time its configurations. In the contexts of this module, driver, ``torch.cuda``, tensors and
+autotuner answer as with a GPU, while every tensor is in the memory of the CPU. The kernels are then interpreted,
+executed by ttsem, or only recorded.
 """
 
 import contextlib
@@ -31,9 +32,9 @@ _CUDA = torch.device("cuda", 0)
 
 
 class _Compiled:
-    """A stand-in for a compiled kernel, whose registers and shared memory some code asks for before it launches it.
+    """A stand-in for a compiled kernel, whose registers and shared memory some code asks for before the launch.
 
-    Nothing is compiled, so these are plausible numbers.
+    Nothing is compiled, so the numbers of registers and bytes are only plausible.
     """
 
     n_regs, n_spills, metadata = 32, 0, types.SimpleNamespace(shared=1024, num_warps=4)
@@ -42,7 +43,7 @@ class _Compiled:
         self._kernel, self._options = kernel, _options(kernel, kwargs)
 
     def _init_handles(self) -> None:
-        """Load nothing, for code of others that asks for it."""
+        """Load nothing; code of others calls this to load a compiled kernel onto the GPU."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return lambda *args: self._kernel.run(*args, grid=grid, warmup=False, **self._options)
@@ -63,15 +64,15 @@ class _Driver:
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        """Return the number of the only GPU."""
+        """Return 0, the number of the only GPU that this driver has."""
         return 0
 
     def get_current_stream(self, device: int) -> int:  # noqa: ARG002
-        """Return the number of the only stream."""
+        """Return 0, the number of the only stream of a GPU that this driver has."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Return the device on which code of others makes tensors; it becomes the CPU."""
+        """Return the device on which code of others makes tensors; :class:`_OnCpu` puts the CPU in its place."""
         return _CUDA
 
 
@@ -201,7 +202,7 @@ Choice = list[Launch]
 def record_others() -> Iterator[list[Choice]]:
     """Record the launches of other people's kernels in place of running them, each in all of its configurations."""
     found: list[Choice] = []
-    is_other = False  # whether the next launch is the one before it in another configuration
+    is_other = False  # whether the next launch repeats the launch before it in another configuration
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
         """Record a launch of others' kernel, or return a stand-in for the kernel if it is only to be compiled."""
@@ -242,7 +243,7 @@ def _launch_of(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, 
     sizes = grid(values) if callable(grid) else grid
     sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
     constants = {param.name: values.pop(param.name) for param in kernel.params if param.is_constexpr}
-    # The hook of the next configuration may change the blocks of a descriptor.
+    # Descriptors are copied, since the hook of the next configuration may change their blocks.
     values = {
         name: copy.copy(value) if isinstance(value, TensorDescriptor) else value for name, value in values.items()
     }
