@@ -1,4 +1,4 @@
-"""Where the time of a step goes: its time by category, from a few steps under PyTorch's profiler that are not timed.
+"""The time of a training step by category, from a few steps under PyTorch's profiler, which are not timed.
 
 On a GPU, the device's work is counted: each kernel, copy and fill, by its name and by the ops that launched it. If two
 of them overlap, the time goes to the one that began first, so the categories add up to the time that the device was

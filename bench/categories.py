@@ -34,7 +34,7 @@ def _rules(*rules: tuple[str, str]) -> Rules:
     return tuple((category, re.compile(pattern)) for category, pattern in rules)
 
 
-# For rule 1: the outermost op that matches decides.
+# Ops that own every kernel inside them, such as the loss or the optimizer; the outermost op that matches decides.
 OWNERS = _rules(
     (LOSS, rf"^{LOSS_RANGE}$"),
     (OPTIMIZER, r"^Optimizer\.step"),

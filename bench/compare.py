@@ -28,8 +28,9 @@ from .tables import sizes
 
 TURNS = 5
 TOLERANCE = 1.05
-RESAMPLES = 2000  # of the bootstrap
-# Finders of editable installations are removed: they would import a module from this checkout if a side lacks it.
+RESAMPLES = 2000  # the number of bootstrap resamples
+# Finders of editable installations are removed: they would import a module from this checkout if the base commit lacks
+# it.
 _START = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "_Editable" not in repr(finder)]
@@ -41,7 +42,7 @@ main()
 def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Budget) -> int:
     """Benchmark the commit ``base`` and this checkout on the case of each of ``keys``, and print a verdict for each.
 
-    The turns of a side share the budget of a case.
+    Each side is timed in several turns, which together take the budget of a case.
 
     Returns:
         0; 1 if a case is slower by more than 5% beyond doubt; 2 if nothing could be compared.

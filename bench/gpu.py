@@ -1,14 +1,14 @@
-"""Everything that a GPU can tell, in one command: ``python3 -m bench.gpu --out FOLDER``, an hour.
+"""All checks and measurements that need a GPU, in one command: ``python3 -m bench.gpu --out FOLDER``, an hour.
 
-The steps answer questions in the order of their value: does it run, are the values right, are the bits the same each
-time, can it be captured, how fast are the loss and attention, does the model of the GPU predict that. Each is a process
-of its own with a time limit, so a stop at any moment leaves the results of the steps before it. Time that a step does
-not use goes to the steps after it. A part (``--part``) is a choice of steps for less than ten minutes. The command
-needs PyTorch, Triton and pytest, but no network, no installation and no checkout that it may write to. All results are
-in one folder: the summary is written again after each step and printed last, and page.html puts what was predicted and
-what was measured beside each other. Where there is an ``nvidia-smi``, the summary has clocks, power and throttling
-during each step. ``--stub`` rehearses the same steps on a machine without a GPU, where their figures mean nothing. In a
-copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
+The steps answer questions in the order of their value: do the ops run, are their values right, are the bits the same
+each time, can a CUDA graph capture them, how fast are the loss and attention, does the model of the GPU predict these
+times. Each step is a process of its own with a time limit, so a stop at any moment leaves the results of the steps
+before it. Time that a step does not use goes to the steps after it. A part (``--part``) is a choice of steps for less
+than ten minutes. The command needs PyTorch, Triton and pytest, but no network, no installation and no checkout that it
+may write to. All results are in one folder: the summary is written again after each step and printed last, and
+page.html shows predicted and measured times beside each other. If there is an ``nvidia-smi``, the summary has clocks,
+power and throttling during each step. ``--stub`` rehearses the same steps on a machine without a GPU; its figures mean
+nothing. In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""A step of ``bench.gpu``: the time of each kernel of an op, by PyTorch's profiler, for the page beside the model's.
+"""A step of ``bench.gpu``: the time of each kernel of an op, by PyTorch's profiler.
+
+``bench.gpu_page`` shows these times beside those that the model of the GPU predicts.
 
 ``python -m clipfast.bench.gpu_kernels FOLDER`` runs the ops whose benchmarks have been written to the folder.
 """

@@ -1,7 +1,7 @@
 """The last step of ``bench.gpu``: one page of all claims, ``python -m clipfast.bench.gpu_page FOLDER``.
 
 Each row is a claim: a time that the model of the GPU predicts, the time that was measured, and their ratio; or an
-implementation of others, and how many times faster ours was.
+implementation of others, its time, and how many times faster ours was.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def claims(folder: Path) -> Iterator[tuple[str, str, str, str]]:
 def _of_case(
     name: str, case: dict[str, Any], predictions: dict[tuple[str, str], float]
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the claims about one case of a benchmark: our times, and those of the others over it."""
+    """Yield the claims about one benchmark case: our times, and the ratios of other implementations' times to ours."""
     ours = next((one.get("median_s") for one in case["candidates"] if one["name"] == OURS), None)
     throttled = ", throttled" if case["telemetry"].get("throttled") else ""
     for one in case["candidates"]:
@@ -75,12 +75,12 @@ def _of_case(
 
 
 def _ratio(seconds: float | None, ours: float | None) -> str:
-    """Return a time over ours; nothing if one of them is missing."""
+    """Return the ratio of a benchmark's time to ours as text; empty if one of them is missing."""
     return f"{seconds / ours:.2f}" if ours and seconds else ""
 
 
 def _time(seconds: float | None) -> str:
-    """Return a time with its unit; nothing if there is none."""
+    """Return a time of the GPU page with its unit; an empty text if there is none."""
     return scaled(seconds, SECONDS) if seconds else ""
 
 

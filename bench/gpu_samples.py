@@ -28,14 +28,14 @@ def sampled(path: Path) -> Iterator[None]:
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of samples so far."""
+    """Return the lines of samples of the GPU that have been written to ``path``."""
     return path.read_text().splitlines() if path.exists() else []
 
 
 def described(lines: list[str]) -> str | None:
-    """Return in words the median and the range of clock, power and temperature in lines of samples, and all limits.
+    """Return in words the median and the range of clock, power and temperature of a GPU in lines of samples.
 
-    The result is None if the lines hold no sample.
+    The text also says for how many seconds each limit throttled the GPU. It is None if the lines hold no sample.
     """
     samples = [[cell.strip() for cell in line.split(",")] for line in lines]
     samples = [cells for cells in samples if len(cells) == len(QUERY)]

@@ -1,10 +1,10 @@
 """The time that the host takes for an op, for a whole step, and for one encoded image or text.
 
-A GPU waits for its host where kernels are short. Inputs are so small that nothing but the way to the kernels takes
-time; models have the depth of a published one, a width of 64 and few tokens. Times are CPU seconds of one thread, in
-microseconds: medians of samples that the candidates take in turns. "forward" is a call that needs no gradients, "both"
-one with its backward pass. "kernels" counts what starts on a GPU: launches of Triton, and PyTorch's ops that are
-neither views nor allocations.
+A GPU waits for its host where kernels are short. Inputs are so small that nothing but the code that leads to the
+kernels takes time; models have the depth of a published one, a width of 64 and few tokens. Times are CPU time of one
+thread, in microseconds: medians of samples that the candidates take in turns. "forward" is a call that needs no
+gradients, "both" a call with its backward pass. "kernels" counts the kernels that would start on a GPU: launches of
+Triton, and PyTorch's ops that are neither views nor allocations.
 
 --json writes the figures and the conditions to a file. ``clipfast inspect --predict``, the tables of the documentation
 and the gates read such files.
@@ -56,7 +56,7 @@ M_PERTURB = -6  # the option of mallopt(3) that fills new memory with the comple
 PASSES = ("forward", "both")
 WIDTH, CONTEXT, VOCABULARY = 64, 8, 64  # sizes of the narrow models that are measured
 LINE = "  {:26} {:>9} {:>9} {:>9} {:>9}   {}"
-# Ours is compared with the first of these candidates that can run.
+# Our candidate is compared with the first of these that can run.
 THEIRS = ("SDPA", "OpenCLIP", "PyTorch")
 
 
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench host``."""
     add = parser.add_argument
     add("--stub", action="store_true", help="let Triton's launcher start the kernels on a driver that runs nothing")
-    add("--dtype", choices=tuple(DTYPES), help="of ops, and of autocast in models (default: fp32; bf16 on the stub)")
+    add("--dtype", choices=tuple(DTYPES), help="dtype of ops and of models' autocast (default: fp32; bf16 on the stub)")
     add("--op", nargs="*", metavar="OP", help="measure these ops; with no name, no op (default: all)")
     models = "models whose depth steps have; with no name, no model (default: ViT-B-32)"
     add("--model", nargs="*", default=["ViT-B-32"], metavar="NAME", help=models)
@@ -197,7 +197,7 @@ def _narrow(name: str) -> str:
     """Register a model with the depth of the model ``name``, of little width and with few tokens; return its name."""
     config = get_model_config(name)
     if not isinstance(config.vision.layers, int):
-        raise ValueError(f"--model: {name} has a ResNet, whose convolutions take a CPU longer than their way")
+        raise ValueError(f"--model: {name} has a ResNet, whose convolutions take a CPU longer than the host's code")
     patch = config.vision.patch_size
     vision = dataclasses.replace(config.vision, width=WIDTH, head_width=WIDTH, image_size=2 * (patch or 1))
     text = dataclasses.replace(config.text, width=WIDTH, heads=1, context_length=CONTEXT, vocab_size=VOCABULARY)
@@ -305,8 +305,8 @@ def _on_stub() -> Iterator[None]:
 def undisturbed() -> Iterator[None]:
     """Let PyTorch use one thread, and take denormal numbers for zero.
 
-    On the driver stub no kernel runs, so results are what their memory held before. That may be denormal numbers, which
-    would slow down PyTorch's ops on the CPU.
+    On the driver stub no kernel runs, so a result has the values that its memory held before. These may be denormal
+    numbers, which would slow down PyTorch's ops on the CPU.
     """
     with machine.one_thread():
         torch.set_flush_denormal(True)

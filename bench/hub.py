@@ -22,7 +22,7 @@ NAME = "clipfast"
 VERSION = 0  # by the convention of the hub, the version of kernels that are not yet recommended for production
 SOURCE = Path(clipfast.kernels.__file__).parent
 FILES = Path(__file__).with_name("hub_files")
-# By backend: the architectures that its metadata names, or None.
+# The architectures that the metadata of each backend's build names; None if it names none.
 BACKENDS = {
     "cpu": None,
     "cuda": [f"{arch / 10:.1f}" for arch in sorted(ARCHITECTURES)],
@@ -84,7 +84,7 @@ def _copy_kernels(project: Path) -> None:
     shutil.copytree(SOURCE, project, ignore=shutil.ignore_patterns("__pycache__", "_ops.py"))
     imports: dict[str, list[str]] = {}
     for name in clipfast.kernels.__all__:
-        module = getattr(getattr(clipfast.kernels, name), "__module__", "clipfast.kernels")  # a module has none
+        module = getattr(getattr(clipfast.kernels, name), "__module__", "clipfast.kernels")  # modules lack __module__
         imports.setdefault(module.removeprefix("clipfast.kernels"), []).append(name)
     imports[""].append("hub_layers as layers")
     imports[".hub_layers"] = ["flash_attn_forward", "supports_flash_attn"]

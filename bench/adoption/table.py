@@ -1,7 +1,8 @@
-"""The table of what models of other libraries run on after ``apply_to_...``, with the largest errors.
+"""The table of the ops on which models of other libraries run after ``apply_to_...``, with the largest errors.
 
-Each library has a section of ``docs/tables/adopt.md``, which names its version. ``python -m clipfast.bench.adoption``
-writes those of the versions that are installed, and leaves the others; OpenCLIP's main branch may be in ``PYTHONPATH``.
+Each version of a library has a section of ``docs/tables/adopt.md``. ``python -m clipfast.bench.adoption`` writes the
+sections of the versions that are installed, and leaves the other sections as they are. OpenCLIP's main branch may be in
+``PYTHONPATH``.
 """
 
 import collections

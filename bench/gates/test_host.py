@@ -4,7 +4,7 @@
     python -m bench host --overwrite --json bench/gates/host.json        on a quiet machine: the ratios to compare with
 
 A gate fails if a ratio is surely, by its 95% interval, more than 1.5 times the one in ``host.json``. The inputs are so
-small that nothing but the way to the kernels takes time.
+small that nothing but the Python and C++ code that leads to the kernels takes time.
 """
 
 import dataclasses

@@ -18,12 +18,12 @@ class ContrastiveLoss(Benchmark):
         self.scale = torch.tensor(100.0, device=self.device)
 
     def benchmark_loss(self) -> None:
-        """Run the kernels."""
+        """Run the kernels of the contrastive loss, forward and backward."""
         loss = self.kernel.contrastive_loss(self.image, self.text, self.scale)
         (self.out,) = torch.autograd.grad(loss, self.image)
 
     def verify_loss(self) -> torch.Tensor:
-        """Compute two cross-entropies over the matrix of logits."""
+        """Compute the contrastive loss and its gradient as two cross-entropies over the matrix of logits."""
         logits = self.scale * self.image @ self.text.T
         target = torch.arange(len(logits), device=self.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -36,12 +36,12 @@ class Attention(Benchmark):
     seed = 0
 
     def setup(self) -> None:
-        """Make the packed projection."""
+        """Make a packed projection of queries, keys and values."""
         batch, dtype = (2, torch.float32) if self.device == "cpu" else (64, torch.bfloat16)
         self.qkv = torch.randn(batch, 197, 3 * 12 * 64, device=self.device, dtype=dtype)
 
     def benchmark_attention(self) -> None:
-        """Run the kernel."""
+        """Run the attention kernel."""
         self.out = self.kernel.attention(self.qkv, 12)
 
     def verify_attention(self) -> torch.Tensor:
@@ -56,15 +56,15 @@ class LayerNorm(Benchmark):
     seed = 0
 
     def setup(self) -> None:
-        """Make the rows and the parameters."""
+        """Make the rows, the weight and the bias of a layer norm."""
         rows, dtype = (514, torch.float32) if self.device == "cpu" else (16448, torch.bfloat16)
         self.x = torch.randn(rows, 1024, device=self.device, dtype=dtype)
         self.weight, self.bias = torch.randn(2, 1024, device=self.device, dtype=dtype)
 
     def benchmark_layer_norm(self) -> None:
-        """Run the kernel."""
+        """Run the layer norm kernel."""
         self.out = self.kernel.layer_norm(self.x, self.weight, self.bias)
 
     def verify_layer_norm(self) -> torch.Tensor:
-        """Compute the norm by PyTorch's kernel."""
+        """Compute the layer norm by PyTorch's kernel."""
         return F.layer_norm(self.x, self.x.shape[-1:], self.weight, self.bias)

@@ -5,10 +5,11 @@
     python -m clipfast.bench.inspection --quick --pairs 32768 --widths 512 --parts    each kernel of such a loss
     python -m clipfast.bench.inspection --quick --host                    every op and two steps, beside their host
 
-The table of a loss has the time of the GPU by the model and corrected (:mod:`.correction`), and how many times its
-floor the model's is. The floor is the products at the rate that the power allows, or the bytes of features and
-gradients, whichever takes longer. A size whose factor stands out is a cliff. If the host takes longer than the GPU, its
-time follows, which is that of an eager call.
+A cell of the table of a loss has the GPU's time by the model, this time corrected (:mod:`.correction`), and the ratio
+of the model's time to the floor. The floor is the time of the products at the rate that the power limit allows, or of
+moving the bytes of features and gradients, whichever is longer. A ratio that is much larger than its neighbours' marks
+a cliff, a size at which the loss is slow. If the host takes longer than the GPU, the host's time follows, which is the
+time of an eager call.
 """
 
 import argparse

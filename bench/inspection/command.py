@@ -117,7 +117,7 @@ def _contains(name: str, texts: Sequence[str]) -> bool:
 
 
 def _alternatives(texts: Sequence[str]) -> str:
-    """Return the texts that were asked for as an error names them."""
+    """Return the requested parts of kernels' case names in one phrase, for an error message."""
     return " or ".join(map(repr, texts))
 
 
@@ -209,7 +209,7 @@ def _predict(args: argparse.Namespace) -> int:
 def _measurements(paths: Iterable[str]) -> dict[str, float]:
     """Return the median seconds of our candidate by :func:`forecast.label`, from result files of ``clipfast bench``.
 
-    That of a training step is the one that computes the padding of texts, as the prediction does.
+    For a training step, the time is that of our candidate that computes the padding of texts, as the prediction does.
 
     Raises:
         ValueError: a file is not such a result.

@@ -20,9 +20,9 @@ _ERROR = re.compile(r"^  \[error\] (.*)$", re.MULTILINE)
 
 
 def check_control_bits(cubin: bytes) -> tuple[bool | None, str]:
-    """Return whether basalt finds no error in a cubin for sm_120, and what it says; None if it cannot be asked.
+    """Return whether basalt finds no error in a cubin for sm_120, and its message; None if basalt cannot run.
 
-    Its warnings rest on latencies that it has not measured, so they are counted only.
+    basalt's warnings rest on latencies that its authors have not measured, so the message only counts them.
     """
     if importlib.util.find_spec("basalt") is None:
         return None, f"{PACKAGE} is not installed: pip install {PACKAGE}"

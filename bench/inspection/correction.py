@@ -20,7 +20,7 @@ KINDS = {
     "patch, text input": ("patch", "patch"), "norm, activation": ("norm forward", "norm backward"),
 }  # fmt: skip
 OTHERS = ("memory", "memory")
-FP8_PRODUCT = "product in 8 bits"  # the kind of PyTorch's own
+FP8_PRODUCT = "product in 8 bits"  # the kind of PyTorch's 8-bit matrix products
 # Kernels of a loss that only multiply matrices, or only read and write memory, have these kinds instead.
 KINDS_OF_KERNELS = {"_products_kernel": "product", "_strip_products_kernel": "product"} | dict.fromkeys(
     ("_normalize_kernel", "_totals_kernel", "_finish_kernel", "_scaled_kernel", "_through_norm_kernel"), "memory"

@@ -172,9 +172,9 @@ class Forecast:
         items: the number of pairs, images or rows that one call handles.
         parts: the launches in groups of equal ones.
         torch_ops: the number of PyTorch ops in addition to the launches.
-        torch_seconds: the time of the PyTorch ops that are no products.
+        torch_seconds: the time of the PyTorch ops, without matrix products and convolutions.
         product_seconds: time of PyTorch's matrix products and convolutions.
-        host_seconds: the time that the host takes to start all of them.
+        host_seconds: the time that the host takes to start all launches and PyTorch ops.
         gpu_from: the smallest power of two of ``items`` from which the GPU takes longer than the host, if it was found.
         shares: the seconds by category, with the categories of a measured step.
         fp8_seconds: the part of ``product_seconds`` that products in 8 bits take.
@@ -310,15 +310,15 @@ def key_of(launch: Launch) -> str:
 
 
 def _size(value: Any) -> Any:
-    """Return what a launch's predicted time depends on in an argument: shape, strides and dtype, or the value."""
+    """Return the properties of an argument that a launch's time depends on: shape, strides and dtype, or the value."""
     tensor = getattr(value, "base", value)
     return (tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) if hasattr(tensor, "stride") else value
 
 
 def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
     """Predict the time of launches that take equally long, or say why no model covers them."""
-    # If the launches are of blocks of logits, most of these hold no pairs. This one is neither the first nor in the
-    # middle, so it is one of them.
+    # If the launches compute blocks of logits, most blocks hold no pairs. The block after a third of all is neither the
+    # first nor in the middle, so it is one without pairs.
     launch = same[len(same) // 3]
     name = launch.kernel.__name__
     try:

@@ -74,7 +74,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     It may spill registers, exceed a limit, or multiply with the wrong unit. The assembler may warn that it serialises
     the products of an asynchronous matrix unit, which costs up to half of their rate. A kernel that ``multiplies``
     operands of 16 bits (``half``) must use the tensor cores. Float32 products must stay exact, so they must not use
-    them, but on AMD, whose matrix units also multiply exactly.
+    the tensor cores; on AMD they must use the matrix units, which multiply float32 exactly.
     """
     limits = architecture(arch)
     found = []
@@ -253,7 +253,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
 
 @functools.lru_cache(maxsize=8)
 def _cuobjdump(cubin: bytes, option: str) -> str:
-    """Return the output of Triton's cuobjdump. Several readers ask for the same kernel, and one run takes 0.3 s."""
+    """Return the output of Triton's cuobjdump, cached: several functions read it, and one run takes 0.3 s."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)

@@ -42,9 +42,10 @@ def _control_bits(compiled: CheckResult, launch: Launch) -> CheckResult:
 
 
 def _row(recorded: Recorded, choice: list[Launch]) -> tuple[CheckResult, Report | None, Launch | None]:
-    """Compile somebody's kernel in one configuration after another until one has no fault; return it and its launch.
+    """Compile somebody's kernel in one configuration after another until one has no fault.
 
-    If there is none, the report is that of the best, or the error of the compiler for the first.
+    Return the result, the report and the launch of this configuration. If each configuration has a fault, return those
+    of the best one; if none compiles, the result has the compiler's error for the first.
     """
     leg, name = f"sm_{recorded.arch}", choice[0].kernel.__name__
     template = CheckResult(recorded.name, leg, "compiled", recorded.shape, recorded.dtype, name)
@@ -69,7 +70,7 @@ def _row(recorded: Recorded, choice: list[Launch]) -> tuple[CheckResult, Report 
 
 
 def _message(error: BaseException) -> str:
-    """Return the error of the compiler about somebody's kernel in one line: its cause, and where it stands."""
+    """Return the compiler's error about somebody's kernel in one line: its cause, and its place in the source."""
     first = error
     while error.__cause__ is not None:
         error = error.__cause__

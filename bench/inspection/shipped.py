@@ -34,7 +34,7 @@ Snapshot = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
 # Spills and warnings of the assembler that are accepted, by Triton version, architecture and case. If a batch is no
 # multiple of 16, a large tile spills one to four registers. The sigmoid loss spills two or four registers of a tile;
 # without a limit of registers it spills none, but takes a fifth longer. GELU in 8 bits keeps three tiles of whole rows
-# in flight, and one address too many.
+# in flight, which leaves no registers for one address.
 KNOWN = {
     ("3.6", 90, "contrastive_loss N9001 D512 bf16"): ("spills 4 bytes", "spills 12 bytes", "spills 16 bytes"),
     ("3.9", 100, "bias_gelu_fp8 N5120 bf16"): ("spills 4 bytes",),

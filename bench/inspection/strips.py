@@ -1,13 +1,13 @@
-"""Predicted steps of the loss of all ranks in each of its modes: the kernels of one rank, and what it sends.
+"""Predicted steps of the loss of all ranks in each of its modes: the kernels and the messages of one rank.
 
     python -m clipfast.bench.inspection.strips                            the table of docs/predicted.md
     python -m clipfast.bench.inspection.strips --rows 1024 --gpus 32 --widths 512 --parts
 
 A rank computes a strip of the logits, its b pairs against all N. The step runs on fake tensors, as the last rank of a
-group that sends nothing. Our kernels take what the model of the GPU says. Other PyTorch ops take their bytes and a
-launch, and messages what the table of hardware says (``kernels/hardware.py``). The GPU and the wire have a clock each,
-so a message hides behind kernels where the code lets it. The host is ahead, as in a training step, whose towers take
-longer.
+group that sends nothing. Our kernels take the time that the model of the GPU predicts. Other PyTorch ops take
+the time of their bytes and of a launch, and messages the time by the table of hardware (``kernels/hardware.py``). A
+message takes no time of the GPU, so it adds nothing to the step while kernels run that do not wait for it. The host's
+time is not counted: in a training step, the host runs ahead of the GPU while the towers run.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from .model import H100, QUICK, predict_launch
 NODES = Cluster(CARDS["h100"], launch_s=0.0)  # the host starts kernels and messages before the GPU needs them
 GPUS = (8, 64)
 PRODUCTS = ("_stats_kernel", "_grad_tile_kernel", "_products_kernel", "_strip_products_kernel")
-FLOPS = {"gather": 8, "ring": 8, "scalars": 12}  # for each image of a rank, text of all ranks, and dimension
+FLOPS = {"gather": 8, "ring": 8, "scalars": 12}  # per image of a rank, text of all ranks, and dimension
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``python -m bench.stub``: launch every op on GPUs that are not there, and say what a driver would refuse."""
+"""``python -m bench.stub``: launch every op on a stub of the CUDA driver, and report refused calls."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _walk(kind: str, args: argparse.Namespace) -> walk.Walked:
-    """Launch the shipped, odd or captured calls on the stub driver, as the command line says."""
+    """Launch calls on the stub driver, as the command line says: shipped, with odd layouts, or captured as a graph."""
     if kind == "shipped":
         return walk.shipped(args.arch, tuple(args.dtype))
     if kind == "captured":

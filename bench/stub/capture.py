@@ -27,7 +27,7 @@ class InsideOps(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def see(self, func: Any, args: Any) -> None:
-        """Inspect one call of a PyTorch op inside of an op on the stub; subclasses define this."""
+        """Inspect one call of a PyTorch op, which may lie inside one of our ops; subclasses define this method."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,5 @@
 /* The driver API (libcuda) as Triton's launcher calls it, on the GPUs of gpu.c. Each function refuses the same calls as
-   the real one, as far as the launcher can make them. */
+   the function of the real driver, as far as the launcher can make such calls. */
 #include "gpu.h"
 #include <stdlib.h>
 #include <string.h>

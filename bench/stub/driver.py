@@ -97,7 +97,7 @@ class Stub:
 
     @property
     def message(self) -> str:
-        """The rule that the last launch or call broke which the stub refused."""
+        """The rule that was broken by the last launch or call that the stub refused."""
         return str(self.library.stub_message().decode())
 
     @property

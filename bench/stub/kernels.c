@@ -144,7 +144,7 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction fun
   return *blocks = 1, CUDA_SUCCESS;
 }
 
-/* cuDNN needs more of a driver than there is here. These are PyTorch's own questions whether to use it
-   (at::Context::userEnabledCuDNN and userEnabledCuDNNSDP): convolutions are then matrix products. */
+/* cuDNN calls more functions of the driver than the stub has. PyTorch asks these two functions whether it may use cuDNN
+   (at::Context::userEnabledCuDNN and userEnabledCuDNNSDP). Since they return 0, convolutions are matrix products. */
 int _ZNK2at7Context16userEnabledCuDNNEv(void) { return 0; }
 int _ZNK2at7Context19userEnabledCuDNNSDPEv(void) { return 0; }

@@ -187,7 +187,8 @@ static int is_host(const void *pointer) { return stub_owner((uintptr_t)pointer) 
 
 static cudaError_t copy(void *to, const void *from, size_t bytes) {
   if (is_host(to) && is_host(from)) memcpy(to, from, bytes);
-  /* Memory of a GPU reads as zero. But a single byte says whether values are equal or finite; zeros are, so it is 1. */
+  /* Memory of a GPU reads as zero. But a copy of a single byte tells PyTorch whether all values are equal or finite, and
+     zeros are, so it reads as 1. */
   else if (is_host(to)) memset(to, bytes == 1, bytes);
   if (is_host(to) != is_host(from)) stub_count_copy(is_host(from));
   return cudaSuccess;

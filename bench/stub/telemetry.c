@@ -1,5 +1,5 @@
-/* NVML, which reads a card's clocks, power and temperature: those of a card at rest. PyTorch asks it as well, when
-   memory runs out. */
+/* NVML, which reads a card's clocks, power and temperature. It gives those of a card at rest. PyTorch also calls NVML
+   when the GPU's memory is exhausted. */
 #include <string.h>
 
 int nvmlInit_v2(void) { return 0; }

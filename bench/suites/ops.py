@@ -28,7 +28,8 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
         floor, suffix = floor + spec.floor(shape, DTYPES[dtype].itemsize, True), ".fwd_bwd"
     size, noun = spec.items
     reference = Candidate("reference", lambda: functools.partial(spec.reference, **call.options))
-    # ``timed`` leaves out what makes results comparable, so ``clipfast verify`` alone checks such ops.
+    # An op with ``timed`` is timed without the conversion that makes its results comparable. So its results are not
+    # compared with the reference here, but by ``clipfast verify``.
     return Case(
         suite=spec.suite_name, op=f"{spec.name}{suffix}", shape=shape.to_dict(), dtype=dtype, device=device,
         inputs=functools.partial(draw, shape),

@@ -28,7 +28,7 @@ def execute(state: State, instruction: Instruction) -> None:
     if holds is False:
         return
     name = instruction.name
-    # Instructions of the uniform registers have the names of others after a "U", and their meaning.
+    # An instruction on uniform registers has the name of an ordinary instruction after a "U", and its meaning.
     meaning = (_MEANING.get(name) or _MEANING.get(name.removeprefix("U"))) if holds else None
     try:
         if meaning is None:
@@ -139,7 +139,7 @@ def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...]
 
 
 def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int:
-    """Return an operand of an integer addition; a negated one is ~x + 1 with 33 bits, since these set the carry."""
+    """Return an operand of an integer addition; a negated one is ~x + 1 in 33 bits, the last of them the carry."""
     if operand.is_predicate:
         return int(takes_carry and state.flag(operand))
     value = state.read(operand._replace(sign=""))
@@ -194,7 +194,7 @@ def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
 
 
 def _known(function: Callable[..., bool], *values: bool | None) -> bool | None:
-    """Return a function of predicates, of which None stands for an unknown one, or None if these matter to it."""
+    """Return a function's value for predicates, of which None is an unknown one; None if the value depends on these."""
     choices = itertools.product(*((False, True) if value is None else (value,) for value in values))
     options = {function(*chosen) for chosen in choices}
     return options.pop() if len(options) == 1 else None

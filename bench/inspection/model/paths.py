@@ -84,7 +84,7 @@ class Code:
             start = index = to
 
     def _step(self, index: int, state: State, returns: list[int], joins: dict[str, int]) -> tuple[int | None, int]:
-        """Return where the simulated control goes from ``index``, None at the end, and whether that is a guess."""
+        """Return the index of the instruction that runs after ``index``, None at the end, and whether it is a guess."""
         one, behind = self.instructions[index], index + 1
         holds = state.holds(one.guard)
         if one.name == "EXIT":
@@ -107,7 +107,7 @@ class Code:
         return self._branch(index, state, holds)
 
     def _branch(self, index: int, state: State, holds: bool | None) -> tuple[int | None, int]:
-        """Return where a branch of machine code leads, None at the end, and whether that is a guess."""
+        """Return the index to which a branch of machine code leads, None at the end, and whether it is a guess."""
         one, behind = self.instructions[index], index + 1
         if "DIV" in one.modifiers or "CONV" in one.modifiers:
             return behind, 0  # the branch is taken only if the threads of a warp differ
@@ -169,7 +169,7 @@ def _relevant(instructions: Sequence[Instruction]) -> frozenset[int]:
 
 
 def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
-    """Return the indices where control may go from each instruction."""
+    """Return for each machine instruction the indices of the instructions that may run next."""
     place = {one.address: index for index, one in enumerate(instructions)}
     returns = [index + 1 for index, one in enumerate(instructions) if one.name == "CALL"]
     joins = [place[to] for one in instructions if one.name == "BSSY" and (to := target(one)) in place]

@@ -130,7 +130,8 @@ _MOVES = {
     "LDG": Kind.LOAD, "LD": Kind.LOAD, "STG": Kind.STORE, "ST": Kind.STORE, "RED": Kind.STORE, "ATOMG": Kind.STORE,
     "LDGSTS": Kind.COPY, "UTMALDG": Kind.TMA_LOAD, "UTMASTG": Kind.TMA_STORE, "UTMAREDG": Kind.TMA_STORE,
 }  # fmt: skip
-# The kind of each instruction that starts or awaits something, by its name and a part of its opcode.
+# The kind of each instruction for barriers, fences, and groups of copies or products, by its name and a part of its
+# opcode.
 _WAITS = {
     ("SYNCS", "ARRIVE"): Kind.EXPECT, ("SYNCS", "TRYWAIT"): Kind.ARRIVAL, ("BAR", "SYNC"): Kind.BARRIER,
     ("MEMBAR", ""): Kind.FENCE, ("FENCE", ""): Kind.FENCE, ("LDGDEPBAR", ""): Kind.COPY_COMMIT,

@@ -41,7 +41,7 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask
 
 
 def backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: Mask = None) -> None:
-    """Launch the kernels of the backward pass; the row sums of output times gradient are PyTorch's own."""
+    """Launch the kernels of the backward pass; PyTorch's own ops compute the row sums of output times gradient."""
     blocks, stages, warps = {"BLOCK_M1": 64, "BLOCK_N1": 128, "BLOCK_M2": 128, "BLOCK_N2": 64}, 3, 8
     tensors = _inputs(query, key, value, mask)
     tensors |= {"DO": torch.empty_like(query), "DQ": torch.empty_like(query), "DV": torch.empty_like(value)}

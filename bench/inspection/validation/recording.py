@@ -28,7 +28,7 @@ _FREE = frozenset((
     "detach", "alias", "t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "as_strided",
     "lift_fresh", "_local_scalar_dense", "resize_", "split", "chunk", "unbind", "diagonal", "set_",
 ))  # fmt: skip
-_REAL_DEVICE = torch.Tensor.device  # upstream code reads another one while launches are recorded
+_REAL_DEVICE = torch.Tensor.device  # upstream code reads a GPU's device in its place while launches are recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def recording() -> Iterator[Recorded]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a kernel's argument in Triton's own type if it has Gluon's type for the same thing."""
+    """Return a kernel's argument, with Gluon's tensor descriptor as Triton's, and a constexpr as its value."""
     if type(value).__name__ == "TensorDescriptor" and not isinstance(value, TensorDescriptor):
         return TensorDescriptor(value.base, value.shape, value.strides, value.block_shape)
     return getattr(value, "value", value) if type(value).__name__ == "constexpr" else value
