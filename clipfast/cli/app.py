@@ -23,15 +23,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "app",
         description="Serve a page to this machine alone that searches an embedded folder by words, a dropped picture "
-        "or both, with filters on the metadata, classifies a dropped picture with labels of one's own, and shows where "
-        "in it is what texts say. Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: "
+        "or both, with filters on the metadata, classifies a dropped picture with labels of one's own, and draws heat "
+        "maps of it for texts. Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: "
         "pip install 'clipfast[app]'.",
         epilog="Example: clipfast app embedded/photos",
     )
     add = parser.add_argument
     add_folder_argument(parser)
     add_encoder_arguments(parser)
-    pictures = "folders whose pictures may be shown (default: what was embedded)"
+    pictures = "folders whose pictures may be shown (default: the source that was embedded)"
     add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
     add("--port", type=Count(1, 65535), default=PORT, help=f"port to listen on (default: {PORT})")
     add("--no-browser", action="store_true", help="do not open the page in a browser")

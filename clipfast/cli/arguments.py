@@ -19,7 +19,7 @@ BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
 DRAWN = ("drawn",)  # value of ``Output.ends`` for the suffixes of all formats that matplotlib can write
 # Options that several commands have.
 CACHE_DIR: dict[str, Any] = {
-    "metavar": "FOLDER", "help": "cache of the hub (default: huggingface_hub's own, which HF_HOME moves)",
+    "metavar": "FOLDER", "help": "cache of the Hugging Face hub (default: huggingface_hub's own, which HF_HOME moves)",
 }  # fmt: skip
 TABLE: dict[str, Any] = {"action": "store_true", "help": "print a table in place of JSON, which --json still writes"}
 TOKENIZER: dict[str, Any] = {
@@ -138,7 +138,7 @@ class Output(argparse.Action):
         if not overwrites:
             raise ValueError(f"{flag} {path} exists already: give another name, or --overwrite to replace it")
         if path.exists() and not path.is_file():
-            raise ValueError(f"{flag} {path} is no regular file, so that it cannot be replaced")
+            raise ValueError(f"{flag} {path} is no regular file, and cannot be replaced")
         for read in inputs:
             if path.exists() and read.samefile(path):
                 raise ValueError(f"{flag} {path} is an input of this command: give another name")

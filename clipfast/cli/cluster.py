@@ -37,8 +37,8 @@ def add_parser(commands: Any) -> None:
     add_folder_argument(parser)
     add("--k", type=COUNT, default=50, help="how many clusters (default: 50)")
     add("--kind", choices=("image", "text"), default="image", help="cluster images or texts (default: image)")
-    add("--seed", type=SEED, default=0, help="of the first centres (default: 0)")
-    add("--rounds", type=OR_ZERO, default=100, help="how often centres move at most (default: 100)")
+    add("--seed", type=SEED, default=0, help="seed of the first centres (default: 0)")
+    add("--rounds", type=OR_ZERO, default=100, help="most rounds of k-means (default: 100)")
     add("--label-by", metavar="COLUMN", help="call each cluster by its most frequent value of this column")
     named = "call each cluster by the line of this text file that the model finds most like its centre"
     add("--names", type=Path, help=named)

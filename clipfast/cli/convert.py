@@ -6,9 +6,9 @@ open_clip_config.json, a folder of transformers' CLIPModel or SiglipModel, a fol
 (DCP) or, with --trust, OpenAI's TorchScript archive. From the Hugging Face hub, SRC is hf-hub:ORG/REPO in either
 layout, or MODEL:TAG as clipfast list-pretrained shows them.
 
-Weights keep their bits. The activation, the preparation of images, the context length and a tokenizer's files go along
-where the layout has a place for them; the state of training stays behind. Nothing is guessed: what SRC leaves open is
-an error that names the flag which decides.
+Weights keep their bits. The activation, the preparation of images, the context length and a tokenizer's files are
+copied if the new layout can store them; the state of training is not copied. Nothing is guessed: if SRC does not say
+something that is needed, an error names the flag that can say it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ examples:
   clipfast convert hf-hub:openai/clip-vit-base-patch32 clip.pt --to clipfast
   clipfast convert ViT-B-32:laion2b_s34b_b79k for_transformers --to hf
 
-exit code: 0 written, 2 an error; then DST does not exist"""
+exit code: 0 DST is written, 2 an error, and DST does not exist"""
 
 
 def add_parser(commands: Any) -> None:
@@ -43,12 +43,12 @@ def add_parser(commands: Any) -> None:
     add_output(parser, "destination", metavar="DST", nargs="?", is_held=False, help=destination)
     add_output(parser, "--output", dest="destination", metavar="DST", is_held=False, help="the same as DST")
     add("--to", required=True, metavar="LAYOUT", help=f"layout of DST: {', '.join(TARGETS)}")
-    add("--model", metavar="NAME", help="the model, where SRC does not say it: a name, or a JSON file as OpenCLIP's")
+    add("--model", metavar="NAME", help="the model, if SRC does not say it: a name, or a JSON file as OpenCLIP's")
     add(
         "--activation",
         metavar="NAME",
-        help="gelu or quick_gelu, where SRC does not say it or is wrong; of SigLIP gelu, "
-        "gelu_tanh, or two of them for images and texts: gelu,gelu_tanh",
+        help="gelu or quick_gelu, if SRC does not say it or is wrong; for SigLIP gelu, "
+        "gelu_tanh, or one for images and one for texts: gelu,gelu_tanh",
     )
     add("--image-size", type=PIXELS, metavar="PIXELS", help="resize the positions of patches to images of this size")
     add("--context-length", type=Count(2, 2**16), metavar="TOKENS", help="resize the positions of texts to this length")

@@ -25,10 +25,10 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast dedup``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "dedup",
-        description="Find all pairs of pictures whose features have a cosine of at least --threshold, and choose what "
-        "is kept. Pictures are looked at in the order of --keep, and one is left out only if it is a near duplicate of "
-        "one that is kept. Items with an equal column sha256 or md5 are duplicates too. Pictures that are linked by "
-        "near duplicates are shown as a group. In a chain, whose ends are unlike, several are kept.",
+        description="Find all pairs of pictures whose features have a cosine of at least --threshold, and choose the "
+        "pictures to keep. Pictures are visited in the order of --keep, and a picture is left out only if it is a near "
+        "duplicate of a kept picture. Items with an equal column sha256 or md5 are duplicates too. Pictures that are "
+        "linked by near duplicates are shown as a group. In a chain, whose ends are unlike, several are kept.",
         epilog="Example: clipfast dedup embedded --threshold 0.95 --keep largest --html duplicates.html",
     )
     add = parser.add_argument
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         write_keys(args.write_keys, embeddings, (place for place in range(len(embeddings)) if place not in dropped))
     if pictures is not None:
         most = f" The {SHOWN} largest groups are shown." if len(groups) > SHOWN else ""
-        about = f"{_sentence(results)}.{most} Scores: cosine with the kept picture that each one is like."
+        about = f"{_sentence(results)}.{most} Scores: cosine with the kept picture that each is a duplicate of."
         write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), about)
     write_results(args, results, _sentence, shown=args.html)
     return 0

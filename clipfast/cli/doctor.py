@@ -1,8 +1,8 @@
-"""Look at this machine: what it has for clipfast, what is wrong with it, and what to do about that.
+"""Check this machine for clipfast: its packages, GPUs, processors, memory and folders; print problems and their fixes.
 
-Each line is ok, a note (worth knowing), or a problem (clipfast does not work, or not as it should), with its fix below
-it. The group "a run with default options" looks at the default model and batch, so a problem there may be none of your
-run. Nothing is written, except that with --data the index of a few shards is kept.
+Each line is ok, a note (worth knowing), or a problem (clipfast does not work, or not as it should), with its fix in the
+next line. The group "a run with default options" checks the default model and batch, so its problems may not be those
+of your run. Nothing is written, except that with --data the index of a few shards is kept.
 """
 
 import argparse

@@ -46,11 +46,11 @@ def add_parser(commands: Any) -> None:
     add("--output", required=True, type=Path, metavar="FOLDER", help="folder for the features and the metadata")
     both = "(default: both, if one of the first 64 samples has a caption, and otherwise images)"
     add("--images", action="store_true", help=f"embed images; with --texts, both {both}")
-    add("--texts", action="store_true", help="embed captions, of which a sample must then have one")
-    kept = "json keys or columns that are kept as metadata; none after the flag for none (default: all)"
+    add("--texts", action="store_true", help="embed captions; a sample without a caption is left out")
+    kept = "json keys or columns to keep as metadata; the flag without a key keeps none (default: all)"
     add("--metadata", nargs="*", metavar="KEY", help=kept)
     eight = "with fp8, the blocks of the model multiply in 8 bits, and the features are in fp16"
-    help_text = f"of the features in the folder; {eight} (default: fp16)"
+    help_text = f"precision of the features in the folder; {eight} (default: fp16)"
     add("--precision", default="fp16", choices=("fp16", "fp32", "fp8"), help=help_text)
     add("--part-size", type=BATCH, default=10_000, help="samples of a part (default: 10000)")
     batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU, up to 128 of small images)"

@@ -10,7 +10,7 @@ TASKS = (zeroshot, retrieval, probe, robustness, compositional, overlap, bias, s
 
 def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast eval`` with all its tasks. Files and names are checked when a task runs."""
-    parser = commands.add_parser("eval", description="Evaluate a checkpoint without training on the task.")
+    parser = commands.add_parser("eval", description="Evaluate checkpoints on one of the tasks below.")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for task in TASKS:
         task.add_parser(tasks)

@@ -43,7 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     add("--pretrained", metavar="TAG", help=weights)
     add("--cache-dir", **CACHE_DIR)
     add("--tokenizer", **TOKENIZER)
-    patches = "most patches of an image, for NaFlex models, which keep its aspect (default: the model's, or else 1024)"
+    patches = "most patches of an image, for NaFlex models, which keep the aspect (default: the model's, or else 1024)"
     add("--image-seq-len", type=BATCH, help=patches)
 
 
@@ -56,7 +56,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how an evaluation reads labelled sets: keys, separator, label and group."""
     add_arguments(parser, SOURCE_OPTIONS)
-    label = "column or json key that names the class (default: the caption does)"
+    label = "column or json key that names the class (default: the caption)"
     parser.add_argument("--label-by", metavar="KEY", help=label)
     group = "column or json key that names the group of an image; KEY+KEY crosses them"
     parser.add_argument("--group-by", metavar="KEY", help=group)
@@ -90,7 +90,7 @@ def add_backend_argument(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of an evaluation for features, batch size, workers, device and outputs."""
     add = parser.add_argument
-    kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
+    kept = "folder that keeps features, so that a stopped task goes on where it was, and later tasks use them again"
     add("--features", type=folder, metavar="FOLDER", help=kept)
     add("--batch-size", type=BATCH, default=256, help="images to encode at once (default: 256)")
     add("--workers", type=WORKERS, default=0, help="processes that read and decode images (default: 0)")

@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast heatmap``. Files and names are checked when the command runs."""
     parser = commands.add_parser(
         "heatmap",
-        description="Show where in a picture is what texts say, by the features of its patches.",
+        description="Show how well each part of a picture fits texts, by the features of the picture's patches.",
         epilog=EPILOG,
     )
     add = parser.add_argument

@@ -1,9 +1,9 @@
-"""Index files of pairs: find where each sample lies, and what is damaged.
+"""Index shards of image-text pairs: find the position of each sample, and the damaged places.
 
-A training run does so itself when it starts, in as many processes as it has data workers. It leaves a shard that would
-have to be copied for later if the end of a Parquet file, sizes.json or img2dataset's NNNNN_stats.json says how many
-samples there are. The index is kept in the folder that CLIPFAST_CACHE names, or in ~/.cache/clipfast, and only shards
-that have changed are read again.
+A training run makes the same index when it starts, in as many processes as it has data workers. A shard that must first
+be copied is indexed later, if the end of a Parquet file, sizes.json or img2dataset's NNNNN_stats.json says how many
+samples the shard has. The index is kept in the folder that CLIPFAST_CACHE names, or in ~/.cache/clipfast, and only
+shards that have changed are read again.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast index``."""
     parser = commands.add_parser("index", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("shards", metavar="SHARDS", help="as --train-data of clipfast train takes them")
+    add("shards", metavar="SHARDS", help="shards, named as for --train-data of clipfast train")
     add_arguments(parser, SOURCE_OPTIONS)
     add("--workers", type=WORKERS, default=1, metavar="N", help="processes that read shards (default: 1)")
     add("--unique-by", metavar="KEY", help="also read this json key, or 'caption', as training with --unique-by does")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         for place, count in damage.items():
             print(f"{name}: {f'about {count} sample(s)' if count else 'parts'} are lost: {place}")
     decode = source_command(["doctor", "--data", args.shards, "--all"], vars(args))
-    print(f"Nothing was decoded; that is done by: {decode}")
+    print(f"No image was decoded; this command decodes all of them: {decode}")
     if args.json is not None:
         replace_text(args.json, json.dumps(found | {"damage": damaged}, indent=2) + "\n")
     return 0

@@ -2,8 +2,8 @@
 
 It reads checkpoints of OpenCLIP and clipfast (.pt, .bin, .safetensors), folders with open_clip_config.json, folders of
 transformers' CLIPModel or SiglipModel and of torch.distributed.checkpoint, hf-hub:ORG/REPO, MODEL:TAG of clipfast
-list-pretrained and, with --trust, OpenAI's TorchScript archives. Checksums inside the file are compared, and no code of
-a pickle is run.
+list-pretrained and, with --trust, OpenAI's TorchScript archives. The checksums in a file of torch.save are
+verified, and no code of a pickle is run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ examples:
   clipfast inspect-checkpoint runs/demo
   clipfast inspect-checkpoint epoch_32.pt --json epoch_32.json
 
-exit code: 0 printed, 2 it cannot be read, or holds no model that clipfast can build"""
+exit code: 0 printed, 2 the checkpoint cannot be read, or holds no model that clipfast can build"""
 
 
 def add_parser(commands: Any) -> None:

@@ -43,14 +43,14 @@ def add_parser(commands: Any) -> None:
     data = "image folder or pairs to evaluate on; may be given more than once"
     add("--val-data", action="append", default=[], metavar="DATA", help=data)
     add_arguments(parser, SOURCE_OPTIONS)
-    add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
+    add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption)")
     add_prompt_arguments(parser)
     add_output(parser, "--plot", ends=DRAWN, help="draw the accuracy on each set over alpha")
     add_output(parser, "--json", help="also write all results to this file")
     save = "write the model at this alpha to a new folder, which OpenCLIP and clipfast load as local-dir:FOLDER"
     add_output(parser, "--save", is_folder=True, nargs=2, metavar=("ALPHA", "FOLDER"), help=save)
-    add("--model", metavar="NAME", help="the model of both, where they do not say it: a name, or a JSON file")
-    add("--activation", metavar="NAME", help="gelu or quick_gelu, where the checkpoints do not say it")
+    add("--model", metavar="NAME", help="the model of both checkpoints, if they do not say it: a name, or a JSON file")
+    add("--activation", metavar="NAME", help="gelu or quick_gelu, if the checkpoints do not say it")
     add("--cache-dir", **CACHE_DIR)
     add("--tokenizer", **TOKENIZER)
     add("--batch-size", type=BATCH, default=256, help="images to encode at once (default: 256)")

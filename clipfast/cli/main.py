@@ -103,7 +103,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
         epilog=_overview(),
     )
     parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
-    shown = "one of those below; clipfast COMMAND --help says more of it"
+    shown = "one of the commands below; clipfast COMMAND --help explains it"
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=shown)
     if chosen in COMMANDS:
         module = MODULES.get(chosen, f"clipfast.cli.{chosen.replace('-', '_')}")

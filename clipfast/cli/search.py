@@ -35,13 +35,13 @@ def add_parser(commands: Any) -> None:
     weight = "with texts and pictures: the share of the picture in a query, from 0 to 1 (default: 0.5)"
     add("--weight", type=float, help=weight)
     add("--k", type=COUNT, default=10, help="how many items to find for each query (default: 10)")
-    where = 'find only items whose metadata fulfil this, such as "width >= 256 and caption contains cat"'
+    where = 'find only items whose metadata fulfil this expression, such as "width >= 256 and caption contains cat"'
     add("--where", metavar="EXPR", help=where)
     add("--kind", choices=("image", "text"), default="image", help="search images or texts (default: image)")
     index = "exact, or faiss for an approximate index, which is kept in the cache (pip install 'clipfast[search]')"
     add("--index", choices=("exact", "faiss"), default="exact", help=f"{index} (default: exact)")
     add_encoder_arguments(parser)
-    add_result_arguments(parser, "what was found")
+    add_result_arguments(parser, "the found items")
     parser.runs(run)
 
 

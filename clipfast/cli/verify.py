@@ -10,16 +10,16 @@ from typing import Any
 from .arguments import COUNT, add_output
 
 DESCRIPTION = """\
-Hold every kernel, a whole model and a training curve to PyTorch, and say by how much they keep the rule.
+Compare every kernel, a whole model and a training curve with PyTorch, and say by how much they keep the rule below.
 
 The rule: against a float64 truth, the maximum and the RMS error of each output are at most 2x PyTorch's own error at
 the same dtype (3x for gradients), plus one unit in the last place of each value. NaN and infinity sit where the truth
 has them. Each row shows three figures for either error: ours, PyTorch's, allowed.
 
 On a CPU: the PyTorch paths in this process, and the Triton kernels interpreted in a second one (float32, float16).
-On a GPU: the Triton kernels natively, at the sizes of real use. What could not be run is listed.
+On a GPU: the Triton kernels natively, at the sizes of real use. Checks that could not run are listed.
 
-With MODULE:NAME, the same for a kernel of anybody, and what the compiler makes of it: docs/verify-others.md."""
+With MODULE:NAME, check your own kernel by this rule, and see what the compiler makes of it: docs/verify-others.md."""
 
 EPILOG = """\
 examples:
@@ -44,8 +44,8 @@ def add_parser(commands: Any) -> None:
     add, several = parser.add_argument, {"nargs": "+", "action": "extend"}
     checks = "clipfast.verify.KernelCheck or OpSpec in a module or a file: checks of other kernels than clipfast's"
     add("others", nargs="*", metavar="MODULE:NAME", help=checks)
-    add("--arch", **several, type=COUNT, metavar="N", help="what to compile other kernels for (default: 80 90)")
-    add("--op", **several, metavar="OP", help=f"what to check: {', '.join(OPS)} (default: all)")
+    add("--arch", **several, type=COUNT, metavar="N", help="GPU architectures for other kernels (default: 80 90)")
+    add("--op", **several, metavar="OP", help=f"checks to run: {', '.join(OPS)} (default: all)")
     add("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
     add("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")
     peers = "openclip, hf: other models with the same weights (default: openclip if installed)"

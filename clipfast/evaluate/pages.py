@@ -218,7 +218,7 @@ def suite_page(results: dict[str, Any], chief: list[dict[str, Any]], rows: list[
         rows: the rows of all metrics.
     """
     names = [label(model["model"], model["pretrained"]) for model in results["models"]]
-    about = f"Split {results['split']}. {INTERVALS} A head sorts its column."
+    about = f"Split {results['split']}. {INTERVALS} A click on the head of a column sorts by it."
     parts = [section(f"{', '.join(names)} on {results['root']}", about, level=1)]
     parts += [section(f"Left out: {problem['name']}", problem["reason"]) for problem in results["problems"]]
     means = [

@@ -53,7 +53,7 @@ def add_parser(tasks: Any) -> None:
         "negative_caption in their json or columns"
     )
     add("--data", required=True, help=data)
-    add("--format", default="auto", choices=FORMATS, help="what --data is (default: its keys say it)")
+    add("--format", default="auto", choices=FORMATS, help="format of --data (default: by the keys of its records)")
     beside = "images or val2017 beside the file, or else its own folder"
     add("--images", metavar="FOLDER", help=f"folder of the images that a file names (default: {beside})")
     add_reading_arguments(parser)

@@ -47,15 +47,13 @@ def add_parser(tasks: Any) -> None:
     )
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--train-data", required=True, metavar="DATA", help="what the model was trained on, named as --data is")
+    add("--train-data", required=True, metavar="DATA", help="training data of the model, named as --data is")
     add_data_arguments(parser)
-    by = "what is compared: features of the model, or thumbnails of 16 x 16 pixels (default: model)"
+    by = "compare features of the model, or thumbnails of 16 x 16 pixels (default: model)"
     add("--by", choices=("model", "pixels"), default="model", help=by)
     threshold = "similarity from which on a test image is a near duplicate (default: 0.95)"
     add("--threshold", type=float, default=0.95, help=threshold)
-    plant = (
-        "also say how many near duplicates would be found: so many test images are edited in seven ways (default: 0)"
-    )
+    plant = "also measure how many near duplicates are found: edit this many test images in seven ways (default: 0)"
     add("--plant", type=OR_ZERO, default=0, help=plant)
     add_prompt_arguments(parser)
     add_run_arguments(parser)

@@ -44,14 +44,14 @@ def add_parser(tasks: Any) -> None:
     )
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--train-data", required=True, metavar="DATA", help="what the classifier is trained on, named as --data is")
-    add("--val-data", metavar="DATA", help="what chooses C (default: a fifth of each class of the training set)")
+    add("--train-data", required=True, metavar="DATA", help="training data of the classifier, named as --data is")
+    add("--val-data", metavar="DATA", help="data for the choice of C (default: a fifth of each training class)")
     add_data_arguments(parser)
     add("--C", type=float, help="inverse strength of the penalty (default: chosen from 1e-6 to 1e6)")
-    solver = "what fits the classifier (default: scikit-learn on a CPU if it is installed, torch otherwise)"
+    solver = "library that fits the classifier (default: scikit-learn on a CPU if it is installed, torch otherwise)"
     add("--solver", choices=SOLVERS, default="auto", help=solver)
     add("--unnormalized", action="store_true", help="keep the lengths of features (default: divide by them)")
-    shots = "also train on so many images per class, and compare with zero-shot"
+    shots = "also train on this many images of each class, and compare with zero-shot"
     add("--shots", type=COUNT, nargs="+", default=[], help=shots)
     add(
         "--seeds",
@@ -59,7 +59,7 @@ def add_parser(tasks: Any) -> None:
         default=3,
         help="times that images are drawn for --shots (default: 3)",
     )
-    add("--seed", type=SEED, default=0, help="first seed of what is drawn (default: 0)")
+    add("--seed", type=SEED, default=0, help="seed of the first draw of images (default: 0)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     parser.runs(run)

@@ -55,22 +55,22 @@ def add_parser(tasks: Any) -> None:
     add = parser.add_argument
     add_model_arguments(parser, several=True)
     add_data_arguments(parser)
-    shift = f"a shifted version of --data, which is named as it is; may be given more than once; {NAMED}"
+    shift = f"a shifted version of --data, named as --data is; may be given more than once; {NAMED}"
     add("--shift", action="append", default=[], metavar="NAME=DATA", help=shift)
-    given = "JSON that says which labels of --data those of a shift mean (default: the same); an empty list leaves out"
+    given = "JSON that maps labels of the shift to labels of --data (default: the same); an empty list leaves one out"
     add("--class-map", action="append", default=[], metavar="NAME=FILE", help=given)
     synthetic = (
         "also shift --data itself, in five strengths: blur, noise, jpeg, hue, rotation, occlusion (default: all)"
     )
     add("--synthetic", nargs="*", metavar="NAME", help=synthetic)
-    add("--seed", type=SEED, default=0, help="of what synthetic shifts draw at random (default: 0)")
+    add("--seed", type=SEED, default=0, help="seed of the synthetic shifts (default: 0)")
     points = "accuracies of baseline models: CSV or JSON with model, base, shift and set, or results of this task"
     add("--baseline", nargs="+", type=Path, default=[], help=points)
     models = "models to evaluate for the baseline, such as the checkpoints of a run, named as --model is"
     add("--baseline-model", nargs="+", default=[], metavar="MODEL", help=models)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add_output(parser, "--examples", ends=DRAWN, help="also draw what the synthetic shifts look like")
+    add_output(parser, "--examples", ends=DRAWN, help="also draw example images of the synthetic shifts")
     parser.runs(run)
 
 

@@ -29,7 +29,7 @@ LINES = "suite.jsonl"  # the file in a run's folder to which --watch writes resu
 # Options that cannot be used with --watch.
 NOT_WATCHED = ("model", "pretrained", "cache_dir", "image_seq_len", "output", "features", "json", "html", "table")
 EPILOG = """\
-exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
+exit code: 0 if every wanted result is there; 1 if a set or a task had to be left out, which stderr and the results
 name; 2 if nothing could be done
 
 example:
@@ -42,25 +42,25 @@ def add_parser(tasks: Any) -> None:
         "suite",
         help="all sets of a folder in CLIP_benchmark's layout, by several models",
         description="Evaluate models on every set that a folder holds in CLIP_benchmark's offline layout "
-        "(wds_NAME/test/0.tar, ...): zero-shot classification or retrieval, as the set is of, and linear probes. Each "
-        "result is a file, and is not computed again while model, data and settings stay the same. torchrun shares the "
-        "work between processes.",
+        "(wds_NAME/test/0.tar, ...): zero-shot classification or retrieval, by the kind of the set, and linear probes. "
+        "Each result is a file, and is not computed again while model, data and settings stay equal. torchrun shares "
+        "the work between processes.",
         epilog=EPILOG,
     )
     add = parser.add_argument
     add("--root", type=Path, required=True, metavar="FOLDER", help="folder of the folders wds_NAME")
     add_model_arguments(parser, several=True)
     add_watch_arguments(parser, LINES)
-    add("--output", type=Path, metavar="FOLDER", help="where the results go, a file for each set, model and task")
-    sets = "names of sets (vtab/cifar10), or vtab, vtab+, retrieval, imagenet_robustness (default: all that are there)"
+    add("--output", type=Path, metavar="FOLDER", help="folder of the results, a file for each set, model and task")
+    sets = "names of sets (vtab/cifar10), or vtab, vtab+, retrieval, imagenet_robustness (default: all in --root)"
     add("--sets", nargs="+", default=[], metavar="NAME", help=sets)
-    add("--split", default="test", metavar="NAME", help="the split that is judged on (default: test)")
+    add("--split", default="test", metavar="NAME", help="the split to evaluate on (default: test)")
     k = "the numbers of results in which a right one is looked for, in retrieval (default: 5)"
     add("--k", nargs="+", type=COUNT, default=[5], help=k)
     add("--probe", action="store_true", help="also train a linear probe where a set has a split 'train'")
-    solver = "what fits the probe (default: scikit-learn on a CPU if it is installed, torch otherwise)"
+    solver = "library that fits the probe (default: scikit-learn on a CPU if it is installed, torch otherwise)"
     add("--solver", choices=("auto", "scikit-learn", "torch"), default="auto", help=solver)
-    add("--seed", type=SEED, default=0, help="of the split that chooses C without 'val' (default: 0)")
+    add("--seed", type=SEED, default=0, help="seed of the split that replaces a missing 'val' (default: 0)")
     add_run_arguments(parser)
     add_output(parser, "--html", help="write a page with all results and a picture to this file")
     parser.runs(run)

@@ -54,7 +54,7 @@ def add_parser(tasks: Any) -> None:
     worst = "how many of the worst classes to name (default: 10)"
     add("--worst", type=OR_ZERO, default=10, help=worst)
     add_run_arguments(parser)
-    page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
+    page = "write a page with pictures of the worst classes, and the classes predicted for them, to this file"
     add_output(parser, "--html", help=page)
     parser.runs(run)
 
