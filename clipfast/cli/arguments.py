@@ -162,7 +162,7 @@ class Count:
         self.least, self.most, self.__name__ = least, most, "integer"
 
     def __call__(self, text: str) -> int:
-        """Parse the integer in ``text``, and check its limits."""
+        """Parse the integer that is given to an option, and check its limits."""
         value = int(text)
         if not self.least <= value <= self.most:
             bound = f"at least {self.least}" if value < self.least else f"at most {self.most}"
@@ -172,7 +172,7 @@ class Count:
 
 COUNT, OR_ZERO = Count(), Count(0)
 BATCH, PIXELS, SEED = Count(1, 2**20), Count(1, 2**13), Count(0, 2**32 - 1)
-WORKERS = Count(0, 1024)  # number of processes
+WORKERS = Count(0, 1024)  # the number of data worker processes
 DIST_TIMEOUT: dict[str, Any] = {
     "type": Count(1, 366 * 24 * 60 * 60), "default": 600,
     "help": "seconds after which the processes of torchrun give up waiting for another one (default: 600)",

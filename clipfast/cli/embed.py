@@ -154,7 +154,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
 
         def hold() -> None:
             """Lock the output folder of ``clipfast embed``, unless it holds something else."""
-            refuse_others(folder)  # comes first, since taking the lock writes a file into the folder
+            refuse_others(folder)  # this check comes first, since the lock is a file in the folder
             stack.enter_context(locked(folder, "--output"))
 
         world.on_main(hold)

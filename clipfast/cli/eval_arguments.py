@@ -226,7 +226,7 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
     images = LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
     given = None if data else read_classnames(options.get("classnames"))
     labels = given and images.folder_labels()
-    if labels:  # raises an error for a wrong number of class names now, and not after hours of encoding
+    if labels:  # a wrong number of class names is an error now, and not only after hours of encoding
         names_of(labels, given)
     return images
 

@@ -44,7 +44,7 @@ GROUPS = {
     "verify": "kernels and machines",
 }  # fmt: skip
 INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
-COMPILER = "clipfast.bench.inspection.others:compiled"  # compiles the user's own kernels for ``clipfast verify``
+COMPILER = "clipfast.bench.inspection.others:compiled"  # the function that compiles the user's kernels for ``verify``
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
 

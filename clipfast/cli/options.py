@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
         meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
-        if only is not None:  # removes a remark on --val-data, which only ``clipfast train`` has
+        if only is not None:  # the remark on --val-data is left out, since only ``clipfast train`` has that option
             options["help"] = meta["help"].replace("; in --val-data, the default ones follow", "")
         if meta["kind"] is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -65,7 +65,7 @@ class _Separated(argparse.Action):
 
 
 def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:
-    """Parse the value of a flag that takes a number or "auto"."""
+    """Parse the value of a training option that takes a number or "auto"."""
     try:
         return text if text == AUTO else int(text) if kind is int or text.isdecimal() else kind(text)
     except ValueError:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         found, index = search(embeddings, args.folder, queries.cpu(), most, mask, args.kind)
     else:
         found, index = embeddings.search(queries.cpu(), most, where=mask, kind=args.kind), None
-    # A single picture is part of the query of each text, so all of these queries leave it out of their results.
+    # A single picture is combined with each text, so the picture is left out of the results of every query.
     left_out *= len(names) // max(1, len(left_out))
     results = _results(args, embeddings, names, found, index, left_out or [set()] * len(names))
     if pictures is not None:

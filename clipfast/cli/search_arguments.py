@@ -125,7 +125,7 @@ class Pictures:
         """Return the picture of an item for a command's page, decoded or as a path; None if it cannot be read."""
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
-        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # None if it is ``Skipped``
+        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # a ``Skipped`` has no image
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:

@@ -79,7 +79,7 @@ class ClassSubset:
         columns = [number for numbers in self.members for number in numbers]
         owner = torch.tensor([group for group, numbers in enumerate(self.members) for _ in numbers])
         numbers = [meaning[images.labels[row]] for row in rows]
-        places = tuple(str(group) for group in range(len(self.names)))  # not ``names``, which may contain duplicates
+        places = tuple(str(group) for group in range(len(self.names)))  # since ``names`` may contain duplicates
         found = classify(
             images.features.to(classifier.device)[rows], [places[number] for number in numbers], places,
             classifier[:, columns], owner=owner,

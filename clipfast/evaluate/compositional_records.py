@@ -125,7 +125,7 @@ def files_of(data: str) -> list[Path]:
     path = Path(data)
     if os.path.isdir(data):  # unlike ``Path.is_dir``, this is False for a list of shards that is too long for a path
         return sorted(file for name in NAMES for file in path.glob(name) if file.is_file())
-    # Other JSON-lines files hold image-text pairs in the format of training data.
+    # A .jsonl file in none of these formats, or only in the format "order", holds image-text pairs as for training.
     is_ours = path.suffix.lower() == ".json" or (
         path.suffix.lower() == ".jsonl" and os.path.isfile(data) and layout_of(path) not in (None, "order")
     )

@@ -156,7 +156,7 @@ class Encoder:
             batches = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
             mine = each(batches[world.rank :: world.size], "texts", "batches", shown=world.is_main)
             found = [encode_texts(self.model, self.tokenizer, batch, self.device).cpu() for batch in mine]
-            world.meet()  # waits longer than the timeout of ``gather``, since the ranks take different times
+            world.meet()  # a barrier with a longer timeout than ``gather``, since the ranks take different times
             everyones = world.gather(found)
             if not world.is_main:
                 return torch.empty(0)
@@ -169,7 +169,7 @@ class Encoder:
         else:
             return torch.empty(0)
         if len(distinct) == len(texts):
-            return features.to(self.device)  # without indexing, which would copy features that may fill half the memory
+            return features.to(self.device)  # not indexed: features may fill half the memory, and indexing copies them
         numbers = {text: number for number, text in enumerate(distinct)}
         return features[[numbers[text] for text in texts]].to(self.device)
 

@@ -110,7 +110,8 @@ def figures(
     best = [[labels[index] for index in row] for row in best_classes.tolist()]
     accepted = images.accepted()
     right = [[label in names for label in row] for row, names in zip(best, accepted, strict=True)]
-    # For each image, the position of the first right class among its best ones; the number of classes without any.
+    # For each image, the position of the first right class among its five best classes. If none of them is right, it is
+    # the number of all classes.
     hits = torch.tensor([row.index(True) if True in row else len(labels) for row in right])
     groups = sorted(set(images.groups) - {""})
     left_out = sorted(set(leave_out))

@@ -13,7 +13,7 @@ from .labelled import LabelledSet, in_order
 from .zero_shot import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier, top_classes
 
 CLASSES = 4  # the prompts of this many classes, 80 each, are encoded at once
-# ImageNet-V2's image folder "matched frequency", as its Python package and its archive name it.
+# The names of ImageNet-V2's image folder "matched frequency" in its Python package and in its archive.
 V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
 

@@ -120,7 +120,7 @@ def overlap_page(
 
 
 def _spread(places: Sequence[int], most: int) -> list[int]:
-    """Return at most ``most`` elements, evenly spaced from the first to the last, to show on a page."""
+    """Return at most ``most`` elements, evenly spaced from the first to the last, as examples on a page of results."""
     count = min(most, len(places))
     return [places[round(number * (len(places) - 1) / max(1, count - 1))] for number in range(count)]
 

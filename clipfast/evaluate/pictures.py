@@ -65,7 +65,7 @@ def bars(
     axis: Axes, names: Sequence[str], series: Mapping[str, Sequence[tuple[float, Interval]]],
     chances: Mapping[str, Sequence[float]] | None = None,
 ) -> None:  # fmt: skip
-    """Draw a plot of grouped bars with their intervals.
+    """Draw accuracies or recalls of an evaluation as grouped bars with their intervals.
 
     Args:
         axis: the axes to draw on.

@@ -220,7 +220,7 @@ class ScikitLearnSolver:
 
         model = LogisticRegression(C=C, max_iter=MAX_ITERATIONS, tol=1e-12)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # ``Classifier.converged`` tells the same
+            warnings.simplefilter("ignore", ConvergenceWarning)  # since ``Classifier.converged`` says the same
             model.fit(self.features, self.classes)
         weights, bias = torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_)
         weights = torch.cat([weights, (bias - self.mean @ weights)[None]])

@@ -31,9 +31,9 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     """
     if not (queries.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("retrieval: features contain NaN or infinity")
-    query_places: dict[int, int] = {}  # by key of a query, its first position
-    item_places: dict[int, int] = {}  # by key of an item, its first position
-    right: dict[int, set[int]] = {}  # by key of a query, the keys of its right items
+    query_places: dict[int, int] = {}  # the key of a query -> the first position of the query
+    item_places: dict[int, int] = {}  # the key of an item -> the first position of the item
+    right: dict[int, set[int]] = {}  # the key of a query -> the keys of its right items
     for place, (query, item) in enumerate(zip(query_keys.tolist(), gallery_keys.tolist(), strict=True)):
         query_places.setdefault(query, place)
         item_places.setdefault(item, place)

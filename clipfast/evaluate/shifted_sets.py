@@ -32,7 +32,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CutBorder:
-    """A function that crops some pixels from each side of an image; an image that is too small stays unchanged."""
+    """A function that crops a border, such as ObjectNet's red one, from an image; a too small image stays unchanged."""
 
     pixels: int
 

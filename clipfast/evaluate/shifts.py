@@ -26,7 +26,7 @@ GREY = (128, 128, 128)
 AMOUNTS: dict[str, tuple[float, ...]] = {
     "blur": (1, 2, 4, 7, 11),  # standard deviation of the Gaussian, in pixels of an image of 224 pixels
     "noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation, where white is 1
-    "jpeg": (25, 18, 15, 10, 7),  # quality
+    "jpeg": (25, 18, 15, 10, 7),  # quality of the JPEG file
     "hue": (0.05, 0.1, 0.2, 0.3, 0.5),  # share of the colour wheel, in either direction
     "rotation": (10, 20, 40, 60, 90),  # degrees, in either direction
     "occlusion": (0.05, 0.1, 0.2, 0.35, 0.5),  # share of the area that a grey rectangle covers
@@ -99,7 +99,7 @@ def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> I
     from PIL import Image
 
     pixels = np.array(image.convert("HSV"))
-    pixels[..., 0] += np.uint8(round(256 * _either_way(amount, generator)) % 256)  # the sum wraps around, as hues do
+    pixels[..., 0] += np.uint8(round(256 * _either_way(amount, generator)) % 256)  # uint8 wraps around, as hues do
     return Image.frombytes("HSV", image.size, pixels.tobytes()).convert("RGB")
 
 

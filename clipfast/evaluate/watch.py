@@ -162,7 +162,7 @@ class Watch:
         self.settings = {**settings, "average": average}
         self.path = folder / name
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            append(self.path, "\n")  # ends a line that a killed process left incomplete, before the next one is added
+            append(self.path, "\n")  # a killed process left an incomplete line, which must end before the next one
         self.lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
         self._files = {(line["file_time"], line["bytes"]) for line in self.lines}
         self._weights = {(line["step"], line["weights"]) for line in self.lines}

@@ -47,7 +47,7 @@ watch('value', () => {
   if (top < 0 || top > innerHeight * 0.7) shown.scrollIntoView();
 });
 """
-SAID = {"common.complete": "done"}  # without this text, Gradio reads the key itself to screen readers after each answer
+SAID = {"common.complete": "done"}  # without this text, screen readers would say the key itself after each answer
 # JavaScript that folds the search options on a narrow screen, so that results are visible without scrolling far.
 NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"
 HEADERS = [
@@ -96,7 +96,8 @@ class Guard:
         """
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
-        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # links open "/"
+        # A link on another site may open the page, "/", and nothing else.
+        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"
         if not is_own or given.get(b"origin", own) != own or not self._allows(path):
             return False
         if scope["method"] != "POST":

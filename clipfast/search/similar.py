@@ -111,7 +111,7 @@ def linked(pairs: Tensor, count: int) -> Tensor:
 def _rounding(width: int) -> float:
     """Return a bound for the rounding error of a float32 inner product of two embeddings of unit length."""
     if torch.get_float32_matmul_precision() != "highest":
-        return 2**-6  # a GPU may then multiply in bfloat16
+        return 2**-6  # below the precision "highest", a GPU may multiply in bfloat16
     return (width + 8) * 2**-24
 
 
