@@ -48,7 +48,7 @@ def fill(tensor: Tensor, value: Tensor) -> None:
 
 
 def gather_full(content: Any, *, keep: bool) -> Any:
-    """Gather the DTensors in nested dicts and lists, and return these with full tensors in the host's memory.
+    """Gather the DTensors in nested dicts and lists; return the same structure with full tensors in host memory.
 
     All processes must call it together. On the device, only one full tensor exists at a time.
 

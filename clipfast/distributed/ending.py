@@ -68,7 +68,7 @@ class Interruption:
         return [int(signum == self.signum) for signum in SIGNALS]
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
-        """Note the first signal that ends the ranks of a run together; a second Ctrl-C ends this process at once."""
+        """Note the first signal, after which all ranks of the run end; a second Ctrl-C ends this process at once."""
         if self.signum is None:
             self.signum = signum
             if not self.quiet:

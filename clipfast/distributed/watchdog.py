@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from .ending import Interruption
 
 log = logging.getLogger("clipfast")
-BEAT = 1.0  # seconds between two beats; less if the timeout is short
-BEATS = 20  # least number of beats within the timeout
-MISSED = 4  # a rank that has missed this many beats counts as stopped
+BEAT = 1.0  # seconds between two heartbeats of a rank; less if the timeout of collectives is short
+BEATS = 20  # least number of heartbeats within the timeout
+MISSED = 4  # a rank that has missed this many heartbeats counts as stopped
 LATE = 0.8  # share of the timeout after which a waiting rank looks for the rank that it waits for
 GRACE = 3.0  # seconds that a rank gets to end by itself after its collective has failed
 STEP, EXCHANGE, PATIENT = "step", "exchange", "wait"
 WAITING = (STEP, EXCHANGE)  # phases in which a rank waits for other ranks, for at most the timeout
-PHASES = {"data": "has waited for its data for"}  # maps a phase to the words about a rank that holds up others in it
+PHASES = {"data": "has waited for its data for"}  # an error's words about a rank that holds up the others, by its phase
 BLAMED, SIGNAL = "blamed", "signal"
 ANSWER = 10.0  # seconds that the store gets to answer
 NAMED = 5  # an error names at most this many ranks
@@ -112,7 +112,7 @@ class Watchdog:
             self._place = before._replace(since=time.monotonic())
 
     def arm(self) -> None:
-        """Begin to look for stuck ranks: too early before the first step, for which ranks need very different times."""
+        """Begin to look for stuck ranks. Call it after the first step, for which ranks need very different times."""
         self._is_armed = True
 
     def close(self) -> None:

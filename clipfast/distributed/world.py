@@ -122,7 +122,7 @@ class World:
             self.watchdog.arm()
 
     def meet(self, seconds: float = PATIENCE) -> None:
-        """Wait until all ranks have called this (a barrier), longer than the timeout of collectives."""
+        """Wait at a barrier until all ranks are there, for longer than other collectives may take."""
         if self.size > 1:
             with self.phase(PATIENT):
                 dist.monitored_barrier(self.patient, datetime.timedelta(seconds=max(seconds, self.timeout)))

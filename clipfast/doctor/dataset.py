@@ -46,7 +46,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
         "elsewhere": len(names) - len(files) - len(folders) - drawn,
     }
     yield Finding("shards", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count))
-    pairs = _few_pairs(names, options)  # before ``index.known``, since it stores the index of each shard that it opens
+    pairs = _few_pairs(names, options)  # stores the index of each shard that it opens, so it precedes ``index.known``
     here = [*files, *folders]
     indexed = [shard for shard in index.known(here) if shard is not None]
     if here:

@@ -34,7 +34,7 @@ EXTRAS = ("data", "eval", "probe", "search", "train", "bench", "hub", "siglip", 
 DRIVER = Path("proc/driver/nvidia/version")  # exists if NVIDIA's driver is loaded; relative to the root folder
 OLDEST = (8, 0)  # the lowest compute capability for which the kernels are checked
 LEAST_FREE = 1 << 30  # bytes that the cache and the folder of runs must have free
-LIMITS = {  # by name: a limit of this process, its flag of ``ulimit``, and the least value that clipfast needs
+LIMITS = {  # maps a name to a limit of this process, its flag of ``ulimit``, and the least value that clipfast needs
     "open files": (resource.RLIMIT_NOFILE, "-n", 1024),
     "processes": (resource.RLIMIT_NPROC, "-u", 256),
 }

@@ -93,9 +93,9 @@ def accumulate_gradients(
             _set_random_state(devices, state)
             with _without_exchange(model, when=index < len(parts) - 1):
                 _backward_from(model(*part), gradients[index])
-            # Without this, autocast would reuse the casts of weights in the next micro-batch. Their gradients would
-            # then come at the end of its backward pass, after FSDP2 has reduced the gradients of each block, and would
-            # be lost.
+            # Without this call, autocast would reuse the casts of weights in the next micro-batch. Their gradients
+            # would then come at the end of its backward pass, after FSDP2 has reduced the gradients of each block, and
+            # would be lost.
             torch.clear_autocast_cache()
     finally:
         after.restore()

@@ -33,7 +33,7 @@ class RankLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """Compute the loss of normalised features.
+        """Compute the contrastive or sigmoid loss of normalised features.
 
         Args:
             image_features: [b, D], float32, float16 or bfloat16.
@@ -175,10 +175,10 @@ class ClipLoss(RankLoss):
         return image.shape == text.shape and suits_whole(image, text, image.dtype, self.world_size)
 
     def _distributed_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
-        """Return the contrastive loss of all ranks, whose features are never gathered in whole."""
+        """Return the contrastive loss over all ranks, without gathering the features of all ranks at once."""
         if not (self.local_loss or self.gather_with_grad) and isinstance(scale, Tensor) and scale.requires_grad:
             # The backward pass of _Mean, the mean over W ranks, divides the gradient by W. For features, the sum over
-            # ranks makes up for it; for the scale this factor does.
+            # ranks makes up for it; for the scale, the factor in this hook does.
             scale = scale.view_as(scale)
             scale.register_hook(lambda grad: grad * self.world_size)
         loss = distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * self.world_size)

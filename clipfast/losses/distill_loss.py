@@ -74,9 +74,9 @@ def _strips(logits: Logits) -> Iterator[slice]:
 class Options(NamedTuple):
     """The arguments of the cross-entropy of student and teacher that are not tensors."""
 
-    both: bool  # True computes L of the equations above; False computes only L_row, where M may differ from N
-    student_dtype: torch.dtype  # the features are rounded to it, as autocast would round the operands of a product
-    teacher_dtype: torch.dtype
+    both: bool  # True computes L of the module's equations; False computes only L_row, where M may differ from N
+    student_dtype: torch.dtype  # the student's features are rounded to it, as autocast rounds operands of products
+    teacher_dtype: torch.dtype  # the teacher's features are rounded to it
 
     def logits(self, x: Tensor, y: Tensor, s: Tensor, u: Tensor, v: Tensor, t: Tensor) -> tuple[Logits, Logits]:
         """Return the logits of a distillation's student and teacher, with factors in the dtype of the product."""

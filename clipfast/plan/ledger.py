@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
         self._storages: dict[int, tuple[str, int, object]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` and record it. An op of clipfast runs its implementation, whose ops its fake would hide."""
+        """Run an op and record it. Of an op of clipfast, the implementation runs, since its fake would hide its ops."""
         if func is PRIM_DEVICE and isinstance(args[0], FakeTensor):  # checked first: most calls ask for a device
             return args[0].fake_device
         self.book_launches()
@@ -87,8 +87,8 @@ class Ledger(TorchDispatchMode):
             inner = OPDEFS[func._schema.name]._init_fn if func.namespace == "clipfast" else func.decompose
             with self:
                 results = inner(*args, **kwargs)
-            # Launches are recorded with their tensors, which must be released here: autograd would otherwise copy a
-            # gradient to which somebody else has a reference.
+            # Launches are recorded with their tensors, which must be released here: otherwise autograd would copy a
+            # gradient in place of taking it over, since the record of a launch refers to it too.
             self.book_launches()
             return results
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -195,7 +195,7 @@ def _only_like(func: Any) -> bool:
 
 
 def _nbytes(tensors: list[Tensor]) -> int:
-    """Return the bytes that a kernel reads or writes in these tensors; an expanded tensor counts as its storage."""
+    """Return the bytes that a kernel reads or writes in these tensors; an expanded tensor has those of its storage."""
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 

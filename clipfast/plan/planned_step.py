@@ -139,7 +139,7 @@ def _fake_processes(gpus: int, *, is_fake: bool, rank: int = 0) -> Iterator[None
     """Make this process a rank of a fake process group, if ``is_fake`` and several GPUs are planned."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates addresses of fake tensors, and some gathers
+    with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates fake tensors' addresses, and some gathers
         if not is_fake or gpus == 1:
             yield
             return

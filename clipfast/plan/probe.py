@@ -36,7 +36,7 @@ from .planned_step import (
     run_loss,
 )
 
-DEPTHS = (3, 4)  # numbers of blocks: first and last blocks differ from middle ones, of which there are one and two
+DEPTHS = (3, 4)  # numbers of blocks: a first and a last block, and one or two middle blocks, which differ from those
 BATCHES = (256, 512)  # pairs; large enough for activations to outweigh memory that does not depend on the batch
 FEW = 2  # pairs whose activations hardly count: the peak memory with this batch is a lower limit for every batch
 FORWARD = (IMAGE_FORWARD, TEXT_FORWARD)

@@ -81,7 +81,10 @@ class Lock:
                 raise ValueError(f"there is another folder of that name by now, with {min(found)}")
 
     def release(self) -> None:
-        """Release the lock of a run's folder; if the folder is empty otherwise, remove it if the lock has made it."""
+        """Release the lock of a run's folder.
+
+        If the folder has no other files, the lock file is removed, and the folder too if the lock has made it.
+        """
         if self.is_held() and os.listdir(self.folder) == [LOCK_NAME]:
             self.path.unlink()
             _remove(self._made)
@@ -129,7 +132,7 @@ def locked(folder: Path, flag: str = "--logs") -> Iterator[Lock]:
 
 
 def holder(folder: Path) -> str | None:
-    """Return a text about the process that holds the lock of a run's folder; None if none does, or if locks fail.
+    """Return a text about the process that holds the lock of a run's folder; None if nobody does, or locks fail.
 
     This takes no lock, so a run can start meanwhile. A process that holds the lock itself must not call it, since
     closing the file would release the lock.

@@ -131,7 +131,7 @@ def registered(name: str) -> str:
 
 
 def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:
-    """Return OpenCLIP's preprocessing arguments from ``--image-mean``, ``--image-std`` and the flags beside them."""
+    """Return preprocessing arguments from --image-mean, --image-std, --image-interpolation and --image-resize-mode."""
     given = {
         "mean": config.image_mean, "std": config.image_std, "interpolation": config.image_interpolation,
         "resize_mode": config.image_resize_mode,

@@ -54,9 +54,9 @@ from .option_checks import KEY_OPTIONS, flag_name
 from .schedule import Epochs
 from .train_config import AUGMENTATIONS, TrainConfig
 
-BY_CHANCE = 1e-3  # probability that a check stops a run by chance, if its share of bad pairs is just the allowed one
+BY_CHANCE = 1e-3  # the probability that a check stops a run whose data have just the allowed share of bad pairs
 NO_FILES = Keys((), ())  # keys with which a sample is read without its image and its caption
-ORDER = 2  # version of the order of pairs; a run cannot resume from the middle of an epoch of another version
+ORDER = 2  # version of the order of pairs; within an epoch, a run resumes only from a checkpoint of the same version
 
 
 class TrainingData:
@@ -223,7 +223,7 @@ def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_
 
 
 def validation_set(config: TrainConfig) -> LabelledSet | None:
-    """Return the labelled set of ``--val-data``, or None; it is read by the keys of training, then by default ones."""
+    """Return the labelled set of ``--val-data``, or None; the keys of training come before the default keys."""
     if config.val_data is None or config.val_frequency == 0:
         return None
     given = config.keys()

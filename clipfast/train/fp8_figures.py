@@ -15,7 +15,7 @@ from ..kernels.fp8 import E4M3, quantize_rows
 from ..models import CLIP
 from ..models.layers import OBSERVERS
 
-PAIRS = 16  # the number of pairs that are measured
+PAIRS = 16  # the number of pairs on which rounding to 8 bits is measured
 LARGEST = torch.finfo(E4M3).max
 KINDS = ("input", "weight", "gradient")
 Found = dict[str, dict[str, Tensor]]
@@ -46,7 +46,7 @@ class Fp8Figures:
         earliest: dict[bool, Tensor] = {}  # the first output of each tower, whose gradient passes through all others
 
         def observe(x: Tensor, weight: Tensor, y: Tensor) -> None:
-            """Note the figures of a linear layer."""
+            """Note how much rounding to 8 bits loses in a linear layer's input and weight, and later its gradient."""
             name = self._names.get(weight, "other")  # type: ignore[call-overload]
             of_layer = found[name]
             of_layer |= {"input": _figures(x), "weight": _figures(weight)}

@@ -53,7 +53,7 @@ class Figures(NamedTuple):
 class Guard:
     """Takes the step of an optimizer if the gradient is finite, and skips it otherwise.
 
-    Otherwise the weights, the state of the optimizer and the running statistics of BatchNorm stay as they were.
+    A skipped step leaves the weights, the state of the optimizer and the running statistics of BatchNorm as they were.
 
     Args:
         model, optimizer: the optimizer's parameters are the model's. With FSDP2, they are sharded already.

@@ -303,7 +303,7 @@ class TrainLog:
         _, first, stop = self.epochs.after(line["step"] - 1)
         plan = self.epochs.plan
         pairs, total = (plan.before(step) - plan.before(first) for step in (line["step"], stop))
-        mean = line.get("loss", math.nan)  # missing if all steps were skipped
+        mean = line.get("loss", math.nan)  # the mean loss is missing if all steps were skipped
         return (
             f"Train Epoch: {line['epoch']} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
             f"Data (t): {line['data_time']:.3f} Batch (t): {line['batch_time']:.3f}, "

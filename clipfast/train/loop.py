@@ -48,7 +48,7 @@ def train(
     world: World = ALONE,
     warnings: Sequence[str] = (),
 ) -> tuple[RunFolder, int | None]:
-    """Train a model as ``config`` says.
+    """Train a CLIP or SigLIP model as the options ``config`` say, and write the run to its folder.
 
     Args:
         config: all options.
@@ -96,7 +96,7 @@ def train(
         with (
             logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
-            remote,  # exits after the reports, so that their files are closed when it uploads them
+            remote,  # exits after the reports, so that it uploads their files when they are closed
             Reports(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:

@@ -307,7 +307,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both optimizers use the parameter groups and the state of this one."""
+        """Let Muon and AdamW use the parameter groups and the state of this combined optimizer."""
         first, second = self.parts
         first.state = second.state = self.state
         count = len(first.param_groups)

@@ -34,7 +34,7 @@ from .optim import make_optimizer
 from .train_config import TrainConfig
 from .validation import ImageNet
 
-SHARDS, PAIRS = 4, 4  # number of shards that are tried, and number of pairs that are read from each
+SHARDS, PAIRS = 4, 4  # number of training shards that are tried, and number of pairs that are read from each
 
 
 @dataclasses.dataclass(frozen=True)

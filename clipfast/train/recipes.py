@@ -11,7 +11,7 @@ from ..io.text import meant
 from .option_checks import flag_name
 from .train_config import TrainConfig
 
-BY_MODEL = "by_model"  # a recipe's TOML table that holds a table for each of some models, with options for it only
+BY_MODEL = "by_model"  # a recipe's TOML table that holds tables by model, each with options for that model only
 
 
 def list_recipes() -> list[str]:

@@ -11,8 +11,8 @@ from .train_config import TrainConfig
 
 # The logarithm of a metric has a running mean, the "usual value", and a running mean deviation from it.
 HORIZON = 200  # time constant of both running means in steps
-FIRST = 100  # no spike is reported in this many first steps of a session
-# A spike is at least DEVIATIONS mean deviations above the usual value, and at least the factor LEAST.
+FIRST = 100  # number of steps at the start of a session in which no spike is reported, as the means are inaccurate
+# A spike is at least DEVIATIONS mean deviations above the usual value, and at least LEAST times the usual value.
 DEVIATIONS = 8.0
 LEAST = {"loss": 1.2, "gradient norm": 5.0}
 LARGEST = 3.0  # a value is clipped to this many deviations from the mean before it updates the mean

@@ -38,7 +38,8 @@ class StableAdamW(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = {}  # by the count of their steps: those without a gradient took fewer
+            # Parameters are grouped by their number of steps: those without a gradient in some step have taken fewer.
+            by_step: dict[int, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state = self.state[parameter]

@@ -98,7 +98,7 @@ class RunState:
         }
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from the content of a checkpoint of this package or of OpenCLIP.
+        """Continue a training run from the content of a checkpoint of clipfast or of OpenCLIP.
 
         Raises:
             CheckpointError: the checkpoint has no optimizer state, or does not fit the model.

@@ -27,7 +27,7 @@ COOLDOWN_OPTIONS = {  # each option of the cool-down, with the values of --lr-sc
     "epochs_cooldown": ("const-cooldown",), "decay_fraction": ("wsd",),
     "lr_cooldown_end": ("const-cooldown", "wsd"), "lr_cooldown_power": ("const-cooldown", "wsd"),
 }  # fmt: skip
-FP8_OPTIONS = ("fp8_recipe", "fp8_skip")  # they need --precision amp_fp8
+FP8_OPTIONS = ("fp8_recipe", "fp8_skip")  # options that need --precision amp_fp8
 LOCKED_PARTS = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats", "lock_text_unlocked_layers")
 
 
@@ -150,7 +150,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
         int, not_negative=True,
     )  # fmt: skip
     lock_text_freeze_layer_norm: bool = option(
-        False, "accepted from OpenCLIP's commands: layer norms are always locked with their block", bool
+        False, "for OpenCLIP's commands, without effect: layer norms are always locked with their block", bool
     )
     precision: str = option(
         "auto", "auto is amp_bf16 on a GPU, else fp32; amp and amp_bfloat16 are amp_bf16 too; amp_fp8 is auto "

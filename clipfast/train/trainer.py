@@ -209,8 +209,8 @@ class Trainer:
                         self._share_signal(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
-                    # A dead data worker may show as any RuntimeError in any place. The generator of batches raises an
-                    # error that says so if one has died, and otherwise this error again.
+                    # After the death of a data worker, any call may raise a RuntimeError. The generator of batches then
+                    # raises an error that says that a worker has died; if none has, it raises this error again.
                     batches.throw(error)
                 raise
         return evaluation

@@ -29,8 +29,8 @@ MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
 VOCABULARY = 1024  # smaller than CLIP's 49,408 tokens, with which the same training only takes longer
 LEARNING_RATE, WARMUP = 1e-3, 5
-# Training runs of the reference backend. The first sees the pairs of a batch in the order in which the run with kernels
-# sees them. The other shuffles them, and so shows how far losses drift apart by rounding alone.
+# The number of training runs of the reference backend. The first sees the pairs of a batch in the same order as the run
+# with kernels. The other shuffles them, and so shows how far losses drift apart by rounding alone.
 ORDERS = 2
 
 

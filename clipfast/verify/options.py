@@ -19,7 +19,7 @@ OPENCLIP, HF = "openclip", "hf"
 OPS = (*specs(), MODEL, CURVE)
 DTYPES = tuple(map(dtype_name, DTYPES_BY_NAME.values()))
 DTYPE_NAMES = {short: dtype_name(dtype) for short, dtype in DTYPES_BY_NAME.items()} | {name: name for name in DTYPES}
-# The module of each peer, and the argument of ``pip install`` for it.
+# Maps a peer, with whose models clipfast's are compared, to its module and its argument of ``pip install``.
 PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 DEFAULT_MODEL = "ViT-T-8-32"
 # On this leg, ttsem executes other people's kernels, and finds races and accesses out of bounds.

@@ -27,7 +27,7 @@ from .stand_in import Choice, record_others, stand_in_gpu
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """The launches of a call of somebody's kernel on one architecture at the size of real use, forward and backward."""
+    """The launches of a call of a user's kernel on one architecture at the size of real use, forward and backward."""
 
     name: str
     shape: str
@@ -44,7 +44,7 @@ Compiled = Callable[[Recorded], Iterator[list[CheckResult]]]
 
 @contextlib.contextmanager
 def surroundings_of(leg: str) -> Iterator[None]:
-    """Let somebody's kernel run on a leg of the verification in this process, as if there were a GPU."""
+    """Let a user's kernel run on a leg of the verification in this process, as if there were a GPU."""
     with contextlib.ExitStack() as stack:
         if leg == SANITIZER:
             stack.enter_context(sanitizer_session(cuda_is_cpu=False))
@@ -54,7 +54,7 @@ def surroundings_of(leg: str) -> Iterator[None]:
 
 
 def checks_of_other(other: KernelCheck | OpSpec, leg: str, options: Options) -> list[Check]:
-    """Return all checks of somebody's kernel on ``leg``."""
+    """Return all checks of a user's kernel on ``leg``."""
     spec, dtypes = _spec_of(other), _dtypes_of(other, options)
     if leg == INTERPRETER and "bfloat16" in dtypes:
         dtypes.remove("bfloat16")
@@ -74,20 +74,20 @@ def checks_of_other(other: KernelCheck | OpSpec, leg: str, options: Options) -> 
 
 
 def _spec_of(other: KernelCheck | OpSpec) -> OpSpec:
-    """Return the specification of somebody's kernel."""
+    """Return the specification of a user's kernel."""
     return other.spec() if isinstance(other, KernelCheck) else other
 
 
 def _dtypes_of(other: KernelCheck | OpSpec, options: Options) -> list[str]:
-    """Return the names of the dtypes in which somebody's kernel is checked."""
+    """Return the names of the dtypes in which a user's kernel is checked."""
     taken = {dtype_name(DTYPES[name]) for name in getattr(other, "dtypes", DTYPES)}
     return [name for name in options.dtypes if name in taken]
 
 
 def record(other: KernelCheck | OpSpec, dtype: str, arch: int) -> Recorded:
-    """Record the launches of a call of somebody's kernel at the size of real use, forward and backward.
+    """Record the launches of a call of a user's kernel at the size of real use, forward and backward.
 
-    A function may launch kernels at smaller sizes only. Then the call has the last of these sizes.
+    If the function launches kernels only at smaller sizes, the call has the last of those sizes.
 
     Raises:
         ValueError: the function fails at this size.
@@ -104,14 +104,14 @@ def record(other: KernelCheck | OpSpec, dtype: str, arch: int) -> Recorded:
 
 
 def _record_at(other: KernelCheck | OpSpec, shape: Shape, dtype: str, arch: int) -> Recorded:
-    """Record the launches of a call of somebody's kernel at one size; see :func:`record`."""
+    """Record the launches of a call of a user's kernel at one size; see :func:`record`."""
     spec = _spec_of(other)
     with stand_in_gpu(arch):
         call = spec.call(shape, "", Draw(), TORCH_DTYPES[dtype])
         inputs = {name: x.requires_grad_(bool(call.grads) and x.is_floating_point()) for name, x in call.inputs.items()}
 
         def run() -> list[Choice]:
-            """Call somebody's kernel forward and backward, and return its launches."""
+            """Call a user's kernel forward and backward, and return its launches."""
             with record_others() as choices:
                 results = spec.op(**inputs, **call.options)
                 results = results if isinstance(results, tuple) else (results,)
@@ -167,7 +167,7 @@ def groups_of_other(text: str, options: Options, compiled: Compiled | None) -> I
 def _not_run(
     name: str, other: KernelCheck | OpSpec, legs: list[str], dtypes: list[str], *, is_triton: bool
 ) -> list[CheckResult]:
-    """Return a skipped result for each kind of check of somebody's kernel that cannot run here, and why."""
+    """Return a skipped result for each kind of check of a user's kernel that cannot run here, and why."""
     rows = []
     if CUDA not in legs:
         rows.append(CheckResult(name, CUDA, "leg", "native kernels", reason="no CUDA GPU here: nothing ran natively"))

@@ -35,7 +35,7 @@ DRAWS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Sizes(Shape):
-    """The sizes of the inputs of somebody's kernel, by names that its author chose."""
+    """The sizes of the inputs of a user's kernel, by names that its author chose."""
 
     sizes: tuple[tuple[str, int], ...]
 
@@ -251,30 +251,30 @@ class KernelCheck:
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:
-    """Return the results of somebody's function as a tuple."""
+    """Return the results of a user's function as a tuple."""
     return tuple(results) if isinstance(results, tuple | list) else (results,)
 
 
 def _sizes(shape: Mapping[str, int]) -> Sizes:
-    """Return the sizes of somebody's kernel as the shape of a case."""
+    """Return the sizes of a user's kernel as the shape of a case."""
     return Sizes(tuple(shape.items()))
 
 
 def _words(sizes: Mapping[str, Any]) -> str:
-    """Return the sizes of somebody's kernel as text."""
+    """Return the sizes of a user's kernel as text."""
     return ", ".join(f"{name}={value}" for name, value in sizes.items())
 
 
 def _text(error: BaseException) -> str:
-    """Return the type and the first line of an error in somebody's code."""
+    """Return the type and the first line of an error in a user's code."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return somebody's function under the name that it has in the report; it returns a tensor or a tuple of them."""
+    """Return a user's function under the name that it has in the report; it returns a tensor or a tuple of them."""
 
     def call(**inputs: Any) -> Any:
-        """Call somebody's function, and refuse results that are no tensors."""
+        """Call a user's function, and refuse results that are no tensors."""
         results = _tuple(function(**inputs))
         for result in results:
             if not isinstance(result, Tensor):
@@ -289,7 +289,7 @@ REFUSALS = (AssertionError, NotImplementedError, TypeError, ValueError)
 
 
 def verify_other(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
-    """Check one case of somebody's kernel on a leg, and return a result for each output.
+    """Check one case of a user's kernel on a leg, and return a result for each output.
 
     A kernel may refuse inputs in an odd memory layout, and the interpreter lacks functions that some kernels call. Both
     are reported, and are no failure.
@@ -307,7 +307,7 @@ def verify_other(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool)
 
 
 def check_op(check: KernelCheck, leg: str) -> list[CheckResult]:
-    """Check the registration of somebody's op by ``torch.library.opcheck``; return a result for each test."""
+    """Check the registration of a user's op by ``torch.library.opcheck``; return a result for each test."""
     dtype = check.dtypes[0]
     inputs = check.call_inputs(DTYPES[dtype], "cuda" if leg == CUDA else "cpu")
     template = CheckResult(check.name, leg, "opcheck", _words(check.shapes[0]), dtype_name(DTYPES[dtype]))
@@ -344,7 +344,7 @@ def load(text: str) -> KernelCheck | OpSpec:
 
 
 def _module(place: str) -> Any:
-    """Import the module that holds somebody's check, by its name or by the path of its file."""
+    """Import the module that holds a user's check, by its name or by the path of its file."""
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -367,7 +367,7 @@ def _module(place: str) -> Any:
 
 @functools.cache
 def _of_file(path: Path) -> Any:
-    """Import the file that holds somebody's check, once."""
+    """Import the file that holds a user's check, once."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

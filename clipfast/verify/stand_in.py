@@ -32,7 +32,7 @@ _CUDA = torch.device("cuda", 0)
 
 
 class _Compiled:
-    """A stand-in for a compiled kernel, whose registers and shared memory some code asks for before the launch.
+    """A stand-in for a compiled kernel, whose registers and shared memory a user's code asks for before the launch.
 
     Nothing is compiled, so the numbers of registers and bytes are only plausible.
     """
@@ -43,7 +43,7 @@ class _Compiled:
         self._kernel, self._options = kernel, _options(kernel, kwargs)
 
     def _init_handles(self) -> None:
-        """Load nothing; code of others calls this to load a compiled kernel onto the GPU."""
+        """Load nothing; a user's code calls this to load a compiled kernel onto the GPU."""
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return lambda *args: self._kernel.run(*args, grid=grid, warmup=False, **self._options)
@@ -60,7 +60,7 @@ class _Driver:
         self._arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        """Return the architecture that others' kernels are compiled for."""
+        """Return the architecture that a user's kernels are compiled for."""
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
@@ -72,12 +72,12 @@ class _Driver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Return the device on which code of others makes tensors; :class:`_OnCpu` puts the CPU in its place."""
+        """Return the device on which a user's code makes tensors; :class:`_OnCpu` puts the CPU in its place."""
         return _CUDA
 
 
 class _OnCpu(TorchFunctionMode):
-    """Make tensors on the CPU, and keep them there, where code of others asks for a GPU."""
+    """Make tensors on the CPU, and keep them there, where a user's code asks for a GPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {key: _CPU if key == "device" and _is_cuda(value) else value for key, value in (kwargs or {}).items()}
@@ -90,16 +90,16 @@ class _OnCpu(TorchFunctionMode):
 
 
 def _is_cuda(device: object) -> bool:
-    """Return whether an argument in code of others names a GPU."""
+    """Return whether an argument in a user's code names a GPU."""
     return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
 
 def _pretended_device(mode: TorchFunctionMode) -> property:
-    """Return the property ``Tensor.device``: the GPU for code of others, and the CPU inside of PyTorch's functions."""
+    """Return the property ``Tensor.device``: the GPU for a user's code, and the CPU inside of PyTorch's functions."""
     real = torch._C.TensorBase.device.__get__
 
     def device(x: Any) -> torch.device:
-        """Return the device that a tensor of others seems to be on."""
+        """Return the device that a tensor of a user's code seems to be on."""
         found: torch.device = real(x)
         return _CUDA if found.type == "cpu" and mode in _get_current_function_mode_stack() else found
 
@@ -107,14 +107,14 @@ def _pretended_device(mode: TorchFunctionMode) -> property:
 
 
 def _with_mode(mode: TorchFunctionMode) -> Callable[..., Any]:
-    """Return PyTorch's function for a backward pass, changed so that code of others finds the GPU in it.
+    """Return PyTorch's function for a backward pass, changed so that a user's code finds the GPU in it.
 
-    PyTorch switches ``mode`` off in its own functions, also in a backward pass, which calls code of others.
+    PyTorch switches ``mode`` off in its own functions, also in a backward pass, which calls a user's code.
     """
     run_backward = torch.autograd.graph._engine_run_backward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        """Run the backward pass of code of others."""
+        """Run the backward pass of a user's code."""
         with mode:
             return run_backward(*args, **kwargs)
 
@@ -122,7 +122,7 @@ def _with_mode(mode: TorchFunctionMode) -> Callable[..., Any]:
 
 
 def _answers(arch: int) -> dict[str, Any]:
-    """Return the functions of ``torch.cuda`` that answer code of others, for a compute capability."""
+    """Return the functions of ``torch.cuda`` that answer a user's code, for a compute capability."""
     limits = ARCHITECTURES[arch]
     properties = types.SimpleNamespace(
         name=f"stand-in for sm_{arch}", major=arch // 10, minor=arch % 10, warp_size=32, max_threads_per_block=1024,
@@ -140,7 +140,7 @@ def _answers(arch: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stand_in_gpu(arch: int = ARCH) -> Iterator[None]:
-    """Let code of others find a GPU of a compute capability, whose memory is the CPU's, while the context is open.
+    """Let a user's code find a GPU of a compute capability, whose memory is the CPU's, while the context is open.
 
     An autotuner takes the first of its configurations that is not pruned, since nothing can be timed.
     """
@@ -172,7 +172,7 @@ def _nowhere(_: object = None) -> contextlib.AbstractContextManager[None]:
 
 
 def _prepared(tuner: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Run the hooks before a launch of others' kernel in one configuration, and return the arguments of the launch."""
+    """Run the hooks before a launch of a user's kernel in one configuration, and return the arguments of the launch."""
     chosen = {**kwargs, **config.all_kwargs()}
     named = {**dict(zip(tuner.arg_names, args, strict=False)), **chosen}
     tuner.pre_hook(named, reset_only=True)
@@ -182,14 +182,14 @@ def _prepared(tuner: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _pruned(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the configurations of others' autotuned kernel that its own rules leave for a call."""
+    """Return the configurations of a user's autotuned kernel that its own rules leave for a call."""
     tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
     configs: list[Any] = tuner.prune_configs(kwargs)
     return configs
 
 
 def _run_first(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run others' autotuned kernel in its first configuration."""
+    """Run a user's autotuned kernel in its first configuration."""
     config = _pruned(tuner, args, kwargs)[0]
     return tuner.fn.run(*args, **_prepared(tuner, config, args, kwargs))
 
@@ -205,7 +205,7 @@ def record_others() -> Iterator[list[Choice]]:
     is_other = False  # whether the next launch repeats the launch before it in another configuration
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        """Record a launch of others' kernel, or return a stand-in for the kernel if it is only to be compiled."""
+        """Record a launch of a user's kernel, or return a stand-in for the kernel if it is only to be compiled."""
         if warmup:
             return _Compiled(kernel, kwargs)
         launch = _launch_of(kernel, args, grid, kwargs)
@@ -214,7 +214,7 @@ def record_others() -> Iterator[list[Choice]]:
         return None
 
     def run_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
-        """Record a launch of others' autotuned kernel in each configuration."""
+        """Record a launch of a user's autotuned kernel in each configuration."""
         nonlocal is_other
         for number, config in enumerate(_pruned(tuner, args, kwargs)):
             is_other = number > 0
@@ -222,7 +222,7 @@ def record_others() -> Iterator[list[Choice]]:
         is_other = False
 
     def run_nothing(kernel: Any, *_: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        """Skip the launch of an interpreted kernel of others, whose parameters cannot be recorded."""
+        """Skip the launch of a user's interpreted kernel, whose parameters cannot be recorded."""
         return _Compiled(kernel, kwargs) if warmup else None
 
     with (
@@ -234,7 +234,7 @@ def record_others() -> Iterator[list[Choice]]:
 
 
 def _launch_of(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, Any]) -> Launch:
-    """Return the record of a launch of others' kernel: its arguments by name, its constants and its options."""
+    """Return the record of a launch of a user's kernel: its arguments by name, its constants and its options."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     values = {param.name: given.get(param.name, param.default) for param in kernel.params}
     missing = [name for name, value in values.items() if value is inspect.Parameter.empty]
@@ -251,5 +251,5 @@ def _launch_of(kernel: Any, args: tuple[Any, ...], grid: Any, kwargs: dict[str, 
 
 
 def _options(kernel: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the compiler among the arguments of a launch of others' kernel, such as num_warps."""
+    """Return the options of the compiler among the arguments of a launch of a user's kernel, such as num_warps."""
     return {name: value for name, value in given.items() if name not in (*kernel.arg_names, "grid", "warmup")}
