@@ -153,7 +153,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
-            """Lock the output folder of ``clipfast embed``, unless it holds something else."""
+            """Lock the output folder of ``clipfast embed``; refuse a folder that holds something else."""
             refuse_others(folder)  # this check comes first, since the lock is a file in the folder
             stack.enter_context(locked(folder, "--output"))
 
@@ -162,7 +162,7 @@ def _held(folder: Path, world: World) -> Iterator[None]:
 
 
 def _bar(work: Work, numbers: Sequence[int], world: World) -> contextlib.AbstractContextManager[Advance]:
-    """Return the progress bar of ``clipfast embed`` on rank 0, for the samples in the parts with these numbers."""
+    """Return the progress bar of ``clipfast embed`` on rank 0, for the samples in the parts ``numbers``."""
     total = sum(len(work.parts[number]) for number in numbers)
     unit = "images" if work.samples.images else "texts"
     return progress(total, unit, unit, shown=world.is_main)
@@ -178,7 +178,7 @@ def _print_skipped(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool)
 
 
 class PartMaker:
-    """A Ray actor of ``clipfast embed --engine ray`` that embeds parts.
+    """A Ray actor of ``clipfast embed --engine ray`` that embeds parts of the source.
 
     If it is killed, another actor embeds its unfinished part again.
 
@@ -201,7 +201,7 @@ class PartMaker:
 
 
 def make_parts(args: argparse.Namespace, work: Work, numbers: Sequence[int], advance: Callable[[int], object]) -> None:
-    """Embed the parts with these numbers on an existing Ray cluster (RAY_ADDRESS), or on this machine.
+    """Embed the parts ``numbers`` of a source on an existing Ray cluster (RAY_ADDRESS), or on this machine.
 
     Args:
         args: arguments of the command. All machines must see model, data and output under the same names.

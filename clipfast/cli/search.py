@@ -155,7 +155,7 @@ def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
 
 
 def _places(embeddings: Embeddings, picture: Path) -> set[int]:
-    """Return the indices of the items that were embedded from this picture file, a query of ``clipfast search``."""
+    """Return the indices of the items that were embedded from ``picture``, a file of ``clipfast search --image``."""
     import pyarrow.compute
 
     if "image_path" not in embeddings.metadata.column_names:

@@ -178,6 +178,6 @@ def shuffled(caption: str, kind: str) -> str | None:
 
 
 def order_case(name: str, image: int, caption: str) -> Case | None:
-    """Return a case whose wrong captions are the right one in other word orders; None if there is no other order."""
+    """Return a compositional case whose wrong captions reorder the words of the right one; None if no order differs."""
     found = {kind: text for kind in SHUFFLES if (text := shuffled(caption, kind))}
     return Case(name, (image,), (caption, *found.values()), wrong=tuple(found)) if found else None

@@ -97,7 +97,7 @@ class _Block:
 
 
 class _Blocks(Dataset[_Block]):
-    """A dataset of a labelled set's blocks: indexing it by positions reads, decodes and transforms these images.
+    """A dataset of a labelled set's blocks: indexing it by positions reads, decodes and transforms the images there.
 
     Encoders with equal transforms share the transformed images.
     """
@@ -174,7 +174,7 @@ def encode_set(
     show = show or functools.partial(progress, shown=world.is_main)
 
     def encode() -> None:
-        """Encode and store the blocks that this rank has to encode."""
+        """Encode and store the blocks of the labelled set that this rank has to encode."""
         with (
             world.phase("evaluation"),
             show(sum(len(ranges[n]) for n in mine), f"images of {images.data}", "images") as advance,
@@ -215,7 +215,7 @@ def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]
 def _sections(
     encoders: Sequence[Encoder], images: LabelledSet, batch_size: int, store: FeatureStore | None
 ) -> list[Section]:
-    """Return the feature store's section for this set and each encoder; [] without a store."""
+    """Return the feature store's section for a labelled set and each encoder; [] without a store."""
     if store is None:
         return []
     data = {"data": images.data, "stamp": images.digest(), "block": batch_size}

@@ -18,7 +18,7 @@ V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-form
 
 
 def imagenet_set(folder: str) -> LabelledSet:
-    """Return the images of ImageNet's validation set in ``folder``, or of ImageNet-V2 if its image folder is in there.
+    """Return the images of ImageNet's validation set in ``folder``, or of ImageNet-V2 if the folder holds its images.
 
     Raises:
         ValueError: the folder does not exist, or the number of its classes is not ImageNet's.

@@ -89,7 +89,7 @@ class LabelledSet:
         return list(self.left_out.values())
 
     def only(self, numbers: Sequence[int]) -> LabelledSet:
-        """Return the subset of a labelled set with the images at these positions, which are in ascending order."""
+        """Return the subset of a labelled set with the images at the positions ``numbers``, which must ascend."""
         return dataclasses.replace(self, left_out={}, numbers=numbers)
 
     def __iter__(self) -> Iterator[LabelledImage]:

@@ -75,7 +75,7 @@ class BenchmarkSet(LabelledSet):
 
 
 def _member(sample: RawSample, extension: str) -> bytes:
-    """Return the bytes of a CLIP_benchmark sample's file with this extension."""
+    """Return the bytes of a CLIP_benchmark sample's file with an extension, such as "cls"."""
     if extension not in sample:
         there = ", ".join(sorted(key for key in sample if not key.startswith("__")))
         raise SampleError(f"sample has no .{extension}, only {there}", "no label")

@@ -44,7 +44,7 @@ class Samples(NamedTuple):
     classes: Tensor
 
     def take(self, numbers: Tensor) -> Samples:
-        """Return a linear probe's samples at these positions."""
+        """Return a linear probe's samples at the positions ``numbers``."""
         return Samples(self.features[numbers], self.classes[numbers])
 
     def and_those_of(self, others: Samples) -> Samples:
@@ -266,7 +266,7 @@ def choose(right: Callable[[float], float]) -> Choice:
     tried: dict[int, float] = {}
 
     def best_of(steps: Iterable[int]) -> int:
-        """Fit a linear probe with each of these values of C, given by their indices, and return the best index."""
+        """Fit a linear probe with each value of C whose index is in ``steps``, and return the best index."""
         for step in steps:
             if step not in tried:
                 tried[step] = right(VALUES[step])

@@ -14,7 +14,7 @@ HALVINGS = 60  # after this many halvings of an interval, its ends are equal in 
 def binomial_tail(hits: int, count: int, share: float) -> float:
     """Return the probability of at least ``hits`` in ``count`` trials of probability ``share``.
 
-    It is the p-value of a one-tailed binomial test of an accuracy.
+    This probability is the p-value of a one-tailed binomial test of an accuracy.
     """
     if hits <= 0:
         return 1.0

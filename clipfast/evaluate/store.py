@@ -55,7 +55,7 @@ class Section(NamedTuple):
         return self.folder / f"{name}.safetensors"
 
     def holds(self, name: str) -> bool:
-        """Return True if the feature store has a part of this name that can be read."""
+        """Return True if the feature store has the part ``name`` of the features, and the part can be read."""
         if not self._path(name).exists():
             return False
         try:

@@ -138,7 +138,7 @@ class Desk:
         return _cards(f"{len(cards):,} of {count:,}, from all over the set", cards)
 
     def samples(self) -> str:
-        """Return the app's HTML of example queries: short captions whose own item is the first that they find."""
+        """Return the app's HTML of example queries: short captions for which a search finds their own item first."""
         if "caption" not in self.embeddings.metadata.column_names:
             return ""
         captions, count = self.embeddings.metadata.column("caption"), len(self.embeddings)

@@ -169,7 +169,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
 def wait(said: str) -> None:
     """Print the line ``said`` about the app's address, and wait for Ctrl-C or SIGTERM.
 
-    A program that reads the line may send the signal at once, so it is handled before the line is printed.
+    A program that reads the line may send the signal at once, so the handler is set before the line is printed.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):

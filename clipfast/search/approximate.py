@@ -64,7 +64,7 @@ def search(
 
 
 def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    """Return the faiss index of embeddings and its description, from the cache, or built if they have changed."""
+    """Return the faiss index of embeddings and its description: cached, or built if the embeddings have changed."""
     import faiss
 
     # The index is stored in the user's cache and not beside the embeddings: faiss reads index files without checks, and

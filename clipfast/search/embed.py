@@ -70,7 +70,7 @@ class _Batch:
 
 
 class _Batches(Dataset[_Batch]):
-    """A dataset of batches to embed: indexing it by positions reads, decodes and transforms these samples."""
+    """A dataset of batches to embed: indexing it by positions reads, decodes and transforms the samples there."""
 
     def __init__(self, samples: Samples, encoder: Encoder) -> None:
         self.samples, self.transform = samples, encoder.transform
@@ -171,7 +171,7 @@ class Work:
         return [kind for kind, wanted in ((IMAGES, self.samples.images), (TEXTS, self.samples.texts)) if wanted]
 
     def make(self, numbers: Sequence[int], workers: int = 0, advance: Callable[[int], object] = lambda _: None) -> None:
-        """Embed the samples of some parts, and write the parts.
+        """Embed the samples of some parts of the source, and write the parts into the folder.
 
         Args:
             numbers: the numbers of the parts.
@@ -239,7 +239,7 @@ class Work:
         return batch
 
     def _write(self, number: int, done: Sequence[_Batch]) -> None:
-        """Write the features and metadata of a part, from its encoded batches."""
+        """Write the features and metadata of a part of the embeddings, from its encoded batches."""
         rows = [row for batch in done for row in batch.rows]
         skipped = [(place, *reason) for batch in done for place, reason in batch.skipped]
         table = table_of(rows, self.samples.images).replace_schema_metadata({SKIPPED: json.dumps(skipped)})

@@ -327,7 +327,7 @@ def _joined_tables(tables: Sequence[pyarrow.Table]) -> pyarrow.Table:
 
 
 def _as_text(table: pyarrow.Table, names: set[str]) -> pyarrow.Table:
-    """Return a table of embeddings' metadata whose columns with these ``names`` are converted to text."""
+    """Return a table of embeddings' metadata whose columns ``names`` are converted to text."""
     import pyarrow
 
     for number, field in enumerate(table.schema):
