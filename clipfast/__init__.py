@@ -66,7 +66,7 @@ else:
         if name in _RENAMED:
             new = _RENAMED[name]
             warnings.warn(
-                f"clipfast.{name} is now clipfast.{new}; the old name goes with version 0.3", DeprecationWarning, 2
+                f"clipfast.{name} is now clipfast.{new}; version 0.3 removes the old name", DeprecationWarning, 2
             )
             return __getattr__(new)
         if name not in _MODULES:

@@ -48,7 +48,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio_aug_cfg": ((None,), _NO_SOUND),
     "force_naflex_vision": (
         (False,),
-        "clipfast makes no NaFlex tower of another one: take a model with naflex in its name",
+        "clipfast turns no other image tower into a NaFlex tower: take a model with naflex in its name",
     ),
     "force_custom_text": ((False,), "clipfast's models hold their text tower at the top level"),
     "weights_only": ((True,), "clipfast never unpickles more than weights"),

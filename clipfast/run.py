@@ -247,8 +247,8 @@ def unknown_version(package: str) -> str:
     if numbers <= NEWEST:
         return ""
     return (
-        f"{package} {version} is later than {NEWEST[0]}.{NEWEST[1]}, the last version that clipfast knows: what takes "
-        f"other arguments there is left as it is; compare a few losses with those of {VARIABLE}={','.join(PARTS)}"
+        f"{package} {version} is later than {NEWEST[0]}.{NEWEST[1]}, the last version that clipfast knows: its classes "
+        f"with other arguments are not replaced; compare a few losses with those of {VARIABLE}={','.join(PARTS)}"
     )
 
 

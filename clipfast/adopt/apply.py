@@ -35,21 +35,21 @@ def apply_to_open_clip(
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
         patch_embed: patches to tokens in one pass, in OpenCLIP's own vision transformers. Images may then also be uint8
-            as decoded, if the model knows its mean and standard deviation as those of OpenCLIP's factory do. Patch
-            dropout does not read what it drops.
+            as decoded, if the model knows its mean and standard deviation as those of OpenCLIP's factory do. Patches
+            that patch dropout drops are not read.
         text_embed: tokens plus positions in one pass.
         pooled_last_block: the last block of a tower computes only the row that the tower uses; this needs
             ``attention``.
-        pack_text: CLIP's standard text tower, which is causal and reads the end-of-text token, computes no token after
-            it, if these are at least a tenth of a batch, and if no hook or wrapper would see the packed tokens; this
-            needs ``attention``. On a GPU a batch must have 8,192 tokens, and the host waits for the lengths of its
-            texts unless they are packed before (:func:`clipfast.pack_texts`).
-        pack_image: timm's NaFlexVit computes no patch that is padding, of batches as timm's NaFlex loader makes them,
-            and embeds patches in one pass on GPUs; this needs ``attention``.
+        pack_text: CLIP's standard text tower, which is causal and reads the end-of-text token, does not compute the
+            tokens after it, if they are at least a tenth of a batch, and if no hook or wrapper would see the packed
+            tokens; this needs ``attention``. On a GPU a batch must have 8,192 tokens, and the host waits for the
+            lengths of its texts unless they are packed before (:func:`clipfast.pack_texts`).
+        pack_image: timm's NaFlexVit does not compute the padded patches in batches of timm's NaFlex loader, and embeds
+            patches in one pass on GPUs; this needs ``attention``.
         fp8: the linear layers of transformer blocks multiply in 8 bits, by the recipe "switchback" or "full" (see
             :func:`clipfast.fp8_linear`), which a CPU emulates; None for 16 bits. In OpenCLIP's models, the projections
             of ``nn.MultiheadAttention`` do so if ``attention`` replaces it.
-        fp8_skip: the numbers of the first and of the last blocks of each tower that stay in 16 bits.
+        fp8_skip: how many of the first and how many of the last blocks of each tower stay in 16 bits.
 
     Returns:
         ``model`` itself.
@@ -129,10 +129,10 @@ def apply_to_hf(
             configuration asks for hidden states or for attention weights, or for tuples. The first such request leaves
             transformers' hooks in the model, and all rows are computed from then on. This needs ``attention`` and
             ``loss``.
-        loss: in training, ``return_loss=True`` gives the loss of the pairs of all ranks of ``torch.distributed``, where
-            transformers' has the negatives of its own rank only. It is the same value on all ranks, and the mean over
-            ranks that ``DistributedDataParallel`` takes is its gradient. There are no logits then, unless the call says
-            ``return_logits=True`` or asks for tuples. In evaluation mode all results are those of before.
+        loss: in training, ``return_loss=True`` gives the loss of the pairs of all ranks of ``torch.distributed``;
+            transformers' loss has the negatives of its own rank only. The loss is the same value on all ranks, and the
+            mean over ranks that ``DistributedDataParallel`` takes is its gradient. There are no logits then, unless the
+            call says ``return_logits=True`` or asks for tuples. In evaluation mode all results are transformers' own.
         pack_text: where ``pooled_last_block`` is in effect, CLIP's text tower computes no token after the end-of-text
             token, as in :func:`apply_to_open_clip`.
         fp8, fp8_skip: as for :func:`apply_to_open_clip`.

@@ -302,7 +302,7 @@ def _checkpointed(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -
 
 
 def why_not_short(encoder: Any, num_tokens: int | None) -> str:
-    """Return the reason why transformers' encoder cannot compute one row in its last block, or packed texts, or "".
+    """Return why transformers' encoder cannot compute one row in its last block, or packed texts; "" if it can.
 
     Args:
         encoder: the encoder.

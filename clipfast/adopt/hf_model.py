@@ -3,8 +3,8 @@
 transformers' ``forward`` returns the logits of all pairs of the rank, every row of both towers and, with
 ``return_loss=True``, a loss whose negatives come from the rank alone
 (https://github.com/huggingface/transformers/issues/22252). In training only the loss is needed, and neither the logits
-nor the other rows are computed. In evaluation mode the loss and all outputs are those of transformers. No rank waits
-for another then, and one of them can evaluate alone.
+nor the rows that the loss does not read are computed. In evaluation mode the loss and all outputs are those of
+transformers, so that no rank waits for another, and one rank can evaluate alone.
 """
 
 import sys

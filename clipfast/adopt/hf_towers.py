@@ -128,7 +128,7 @@ def pooled_text(
 ) -> Tensor | None:
     """Compute the pooled output of transformers' text tower: [B, L] -> [B, E]; None if all rows must be computed.
 
-    ``packs`` lets it compute packed texts where it takes them.
+    ``packs`` lets the tower compute packed texts where it can.
     """
     is_known = input_ids.ndim == 2 and (attention_mask is None or attention_mask.shape == input_ids.shape)
     if not is_known or not _computes(tower) or _records(tower):

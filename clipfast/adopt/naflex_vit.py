@@ -146,7 +146,7 @@ def _packed_tokens(tower: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Pac
 
 
 def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
-    """Return the images of a batch if our op embeds them as timm's NaFlexVit does; None if timm's layers have to."""
+    """Return the images of a batch if our op embeds them as timm's NaFlexVit does; None if only timm's layers can."""
     embeds, patches = tower.embeds, batch["patches"]
     if is_left(patches) or embeds.pos_embed_type != "learned" or embeds.pos_embed_interp_mode not in INTERPOLATIONS:
         return None
@@ -178,7 +178,7 @@ def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
     tokens = patch_embed_packed(
         images.patches, images.grids, weight, embeds.pos_embed[0], cu_seqlens=packing, bias=embeds.proj.bias,
         prefix=torch.cat(prefix) if prefix else None, interpolation=embeds.pos_embed_interp_mode,
-        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # these are for uint8 patches only
+        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # both are for uint8 patches only
     )  # fmt: skip
     # Under autocast, the prefix tokens stay in float32 in timm, and so do the tokens beside them.
     return tokens.to(torch.promote_types(tokens.dtype, prefix[0].dtype)) if prefix else tokens, packing

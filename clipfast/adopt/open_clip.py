@@ -136,7 +136,7 @@ def hides_padding(tower: Any) -> bool:
 
 
 def under_mask(proposal: Proposal, mask: Mask | None) -> Proposal:
-    """Return a proposal for attention of OpenCLIP as it must be for the mask with which the attention is called."""
+    """Return a proposal for attention of OpenCLIP, adapted to the mask of its calls, or refused because of the mask."""
     if mask is None or proposal.function is None:
         return proposal
     text = proposal.text
@@ -173,7 +173,10 @@ def _is_corner(part: Tensor, mask: Tensor) -> bool:
 
 
 def _is_still_causal(owner: Any, mask: Tensor) -> bool:
-    """Return True if an OpenCLIP mask is still causal; its values, which a GPU must send, are read once per version."""
+    """Return True if an OpenCLIP mask is still causal.
+
+    The mask's values are read again only if they were changed, because a GPU must send them to the host.
+    """
     version = 0 if mask.is_inference() else mask._version
     known = owner.__dict__.get(SEEN)
     if known is None or known[0] is not mask or known[1] != version:
@@ -192,7 +195,7 @@ def residual_block(
 ) -> Tensor:
     """Compute ``open_clip.transformer.ResidualAttentionBlock``: [B, N, E] -> [B, N, E].
 
-    In the place of the causal mask there may be the packing of texts, whose tokens ``q_x`` [1, T, E] are.
+    ``attn_mask`` may be the packing of texts in place of the causal mask; then ``q_x`` [1, T, E] has their tokens.
     """
     if k_x is None and v_x is None:
         branch = _attend(block, block.ln_1(q_x), attn_mask, is_causal(attn_mask, owner))

@@ -207,7 +207,7 @@ def text_tokens(tower: Any, text: Tensor | PackedText) -> Tensor | None:
 
 
 def _embedded(tower: Any, text: Tensor | PackedText, by_op: bool) -> Tensor:
-    """Compute tokens plus positions of an OpenCLIP text tower, as :func:`text_tokens`, by our op or by OpenCLIP's."""
+    """Compute tokens plus positions of an OpenCLIP text tower, as :func:`text_tokens`, by our op or the library's."""
     x = text_tokens(tower, text) if by_op else None
     if x is not None:
         return x

@@ -12,7 +12,7 @@ from .places import class_name, is_untouched
 
 KIND = "pack_text"
 PACKS = "no token behind the end of a text, where these are a tenth of a batch"
-# The class of peft's LoRA of a linear layer, and the classes of the modules inside.
+# The class of peft's LoRA of a linear layer, and the classes of the modules inside such a LoRA.
 _LORA = "peft.tuners.lora.layer.Linear"
 _INSIDE = {f"torch.nn.modules.container.{name}" for name in ("ModuleDict", "ParameterDict")} | {
     f"torch.nn.modules.{name}" for name in ("linear.Linear", "linear.Identity", "dropout.Dropout")

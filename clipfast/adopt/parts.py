@@ -103,7 +103,7 @@ def self_attention(
 ) -> Tensor:
     """Compute an adopted model's self-attention on a packed projection: [B, N, 3 H D] -> [B, N, H D].
 
-    ``mask`` may be the packing of texts or images that are one sequence, [1, T, 3 H D]; any other is not read.
+    ``mask`` may be the packing of texts or images that are one sequence, [1, T, 3 H D]; any other mask is not read.
     """
     options: Any = {"causal": is_causal, "scale": scale, "bias": bias}
     if isinstance(mask, Packing):
@@ -192,7 +192,7 @@ NORMS = {
 
 
 def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return an adopted model's ``x + branch`` and ``norm(x + branch)``, [..., N] each, in one pass if it can.
+    """Return an adopted model's ``x + branch`` and ``norm(x + branch)``, [..., N] each, in one pass if a kernel can.
 
     Under autocast, the norm has the dtype of the branch, to which the next linear layer would round it anyway.
     """
@@ -242,7 +242,7 @@ def _gelu_of(act: nn.Module) -> Any:
 
 
 def linear_gelu(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
-    """Return ``act(linear(x))`` for two layers of an adopted model, by one of our ops if it can."""
+    """Return ``act(linear(x))`` for two layers of an adopted model, by one of our ops if that can."""
     op = _gelu_of(act)
     fp8 = options_of(linear).get("fp8") if type(linear) is nn.Linear and is_untouched(linear) else None
     is_known = op is not None and is_plain(act, type(act)) and (fp8 is not None or is_plain(linear, nn.Linear))

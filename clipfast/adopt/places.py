@@ -152,9 +152,9 @@ class Place:
 
     Attributes:
         module: its name in the model.
-        kind: the argument of ``apply_to_...`` that it belongs to.
-        method: the name of the method that was replaced; None if the place was left alone.
-        text: the kernel on which it runs, or the reason why it was not replaced.
+        kind: the argument of ``apply_to_...`` that switches its replacement on.
+        method: the name of the method that was replaced; None if none was.
+        text: the kernel on which the module runs, or the reason why no method was replaced.
     """
 
     module: str

@@ -34,13 +34,14 @@ def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype
             :func:`apply_to_hf` or :func:`apply_to_timm`.
         arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU of the model, of the
             GPU at hand if the model is on none, or 90. Models of other libraries do not use it.
-        dtype: dtype of the activations, which under autocast is the autocast dtype; used as ``arch`` is.
+        dtype: dtype of the activations, which under autocast is the autocast dtype. Models of other libraries do not
+            use it.
 
     Returns:
         For a model of this package, a line for each tower, such as "visual.transformer: 11 x attention, 197 tokens, 12
         heads of 64: forward short (a program holds a head), backward two phases; last block: attention_pool of the row
-        that is read, 12 queries of 768". For others a table: place, number of such places, part, and what they run on
-        or why they were left alone.
+        that is read, 12 queries of 768". For other models, a table with a line for each kind of module: its name, the
+        number of such modules, the part, and the kernel or the reason why they were not replaced.
 
     Raises:
         TypeError: ``model`` is not a module.

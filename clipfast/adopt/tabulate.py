@@ -21,8 +21,9 @@ def report_places(model: nn.Module) -> str:
         model: a model after ``apply_to_open_clip``, ``apply_to_hf`` or ``apply_to_timm``.
 
     Returns:
-        A line for each kind of place: its name, with ``*`` for the number of a block, how many there are, what they
-        belong to, and what they run on. Whatever was left alone is in the lines that say "as before".
+        A line for each kind of module: its name, with ``*`` for the number of a block; the number of such modules; the
+        argument of ``apply_to_...`` that switches their replacement on; and the kernel on which they run. Lines of
+        modules that were not replaced say "as before" and the reason.
 
     Raises:
         TypeError: ``model`` is not a module.

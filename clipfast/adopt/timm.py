@@ -73,7 +73,7 @@ def propose(module: Any, norms: bool) -> Iterator[Proposal]:
 def timm_block(block: Any, x: Tensor, attn_mask: Tensor | Packing | None = None, is_causal: bool = False) -> Tensor:
     """Compute ``timm.models.vision_transformer.Block``: [B, N, C] -> [B, N, C].
 
-    In the place of the mask there may be the packing of images, whose tokens ``x`` [1, T, C] are.
+    ``attn_mask`` may be the packing of images in place of a mask; then ``x`` [1, T, C] has their tokens.
     """
     branch = block.attn(block.norm1(x), attn_mask=attn_mask, **_hint(is_causal))
     x, normed = add_norm(x, block.drop_path1(block.ls1(branch)), block.norm2)
@@ -140,7 +140,7 @@ def rope_attention(
 
 
 def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Return timm's queries, keys and values [B, heads, N, head_dim], of one linear layer or of three."""
+    """Return queries, keys and values [B, heads, N, head_dim] of timm's attention, from one linear layer or three."""
     if module.qkv is None:
         layers = (module.q_proj, module.k_proj, module.v_proj)
         return tuple(layer(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for layer in layers)
@@ -165,8 +165,8 @@ def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
 def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | PackedTokens | None = None) -> Tensor:
     """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
 
-    Key and value projections are applied to the query and to the pooled token, instead of to all tokens. In the place
-    of the mask there may be the bounds of packed images, whose tokens ``x`` [1, T, C] are.
+    Key and value projections are applied to the query and to the pooled token, instead of to all tokens. ``attn_mask``
+    may be the bounds of packed images in place of a mask; then ``x`` [1, T, C] has their tokens.
     """
     is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
     packed = attn_mask if isinstance(attn_mask, PackedTokens) else None

@@ -31,7 +31,7 @@ def join(thread: threading.Thread, seconds: float = math.inf) -> None:
 class Background:
     """A thread that writes checkpoints, one at a time.
 
-    It does not delay a process that ends at once: unfinished work is lost.
+    The thread does not delay the end of the process: a checkpoint that is not written by then is lost.
     """
 
     def __init__(self) -> None:

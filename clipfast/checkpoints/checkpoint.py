@@ -144,7 +144,10 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_siglip_state(names: Iterable[str]) -> bool:
-    """Return whether a checkpoint has the names of a SigLIP model, or of another model with an image tower of timm."""
+    """Return whether a checkpoint has the names of a SigLIP model, or of another model with an image tower of timm.
+
+    CLIP with a NaFlex tower is the exception, since clipfast builds it as a CLIP model (``NAFLEX_CLIP``).
+    """
     names = set(names)
     return any(name.startswith(TRUNK_PREFIX) for name in names) and not names >= NAFLEX_CLIP
 

@@ -55,7 +55,7 @@ def convert_checkpoint(
         overwrite: replace ``destination`` if it is a file. A folder is never replaced.
 
     Returns:
-        What was written, as :func:`inspect_checkpoint` describes it.
+        The description of the new checkpoint by :func:`inspect_checkpoint`.
 
     Raises:
         CheckpointError: ``source`` cannot be read, does not tell a necessary setting, or does not fit its model; the

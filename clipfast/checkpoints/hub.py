@@ -34,8 +34,8 @@ def repository_of(name: str) -> str | None:
 def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
     """Return the first file of ``names`` that the repository has, downloaded into the cache if it is not there.
 
-    If the hub does not answer whether it has one of them, later names are only searched in the cache, since a download
-    might not be the preferred file.
+    If the hub does not answer whether it has one of the files, later names are only searched in the cache, since a
+    download might not be the preferred file.
 
     Args:
         repository: "ORG/REPO".

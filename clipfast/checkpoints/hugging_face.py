@@ -109,7 +109,7 @@ def _from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path,
         is_siglip: whether settings that are left out have the defaults of SigLIP's image processor, or those of CLIP's.
 
     Raises:
-        CheckpointError: OpenCLIP's preprocessing has no such setting.
+        CheckpointError: OpenCLIP's preprocessing cannot express a setting.
     """
     wrong = [key for key in ("do_resize", "do_rescale", "do_normalize") if not raw.get(key, True)]
     if wrong:
@@ -162,7 +162,7 @@ def write_folder(folder: Path, contents: Contents) -> None:
     """
     config = contents.settled_config
     is_siglip = isinstance(config, SigLIPConfig)
-    # Transformers loads all weights in the dtype that is stated here. This one holds every weight without rounding.
+    # transformers loads all weights in the dtype that config.json states, so it must hold each without rounding.
     widest = functools.reduce(torch.promote_types, (value.dtype for value in contents.state.values()))
     raw = {
         "architectures": [(SIGLIP_LAYOUT if is_siglip else CLIP_LAYOUT).architecture],

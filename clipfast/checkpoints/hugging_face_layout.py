@@ -1,7 +1,7 @@
 """Translates settings and parameter names between clipfast and transformers' ``CLIPModel`` and ``SiglipModel``.
 
-Only vision transformers have a counterpart there. A packed projection of attention is three parameters in transformers,
-except in SigLIP's attention pooling, where it is one and timm has two.
+Of image towers, only vision transformers have a counterpart in transformers. A packed projection of attention is three
+parameters in transformers, except in SigLIP's attention pooling, where transformers has one parameter and timm two.
 """
 
 import dataclasses
@@ -260,7 +260,7 @@ def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return transformers' weights or gradients ``theirs`` by those of our ``names`` for which they exist."""
+    """Return transformers' weights or gradients ``theirs`` by our ``names``; others are left out."""
     wanted = list(names)
     layout, ours = _layout_of(wanted), {}
     for name in wanted:

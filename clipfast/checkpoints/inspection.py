@@ -14,7 +14,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """A description of a checkpoint. An attribute that the checkpoint does not say is None.
+    """A description of a checkpoint. An attribute is None if the checkpoint does not tell it.
 
     Attributes:
         source: the file or folder.

@@ -94,7 +94,7 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
 
 
 def _base(contents: Contents, wishes: Wishes) -> CLIPConfig:
-    """Return the configuration of the model that the user names, else the checkpoint's own, else one by its shapes."""
+    """Return the configuration of the model that the user names, else the checkpoint's own, else one by shapes."""
     if wishes.model is not None:
         return _asked_config(wishes.model)
     if contents.config is not None:

@@ -26,7 +26,7 @@ _TENSOR = "name of a tensor"
 
 
 def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
-    """Write a checkpoint into ``folder``, which all ranks must see; they call it together.
+    """Write a checkpoint into ``folder``, which all ranks must see. All ranks call this function together.
 
     An existing folder is replaced. If a process is killed, ``folder`` is complete, or as before, or absent.
 

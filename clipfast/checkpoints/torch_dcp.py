@@ -1,7 +1,7 @@
 """Reads folders of ``torch.distributed.checkpoint`` (DCP): shards of tensors, and a pickled index of the shards.
 
-An unpickler that accepts only the classes of this index reads it, and ``torch.load(weights_only=True)`` reads the
-shards: neither can run code. Only the model's tensors are read, not the optimizer's.
+The index is read by an unpickler that accepts only the index's own classes, and the shards by
+``torch.load(weights_only=True)``: neither can run code. Only the model's tensors are read, not the optimizer's.
 """
 
 import io

@@ -2,7 +2,7 @@
 
 The batches of a run have equal numbers of pairs, or a budget of tokens. With a budget, each batch draws the largest
 number of patches of its images (a sequence-length schedule, as NaFlex has it), and has as many pairs as fit. The
-number of a batch and the seed determine what it draws, so that the plan is the same on any number of processes.
+number of a batch and the seed determine its draws, so that the plan is the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EqualBatches:
 
 
 def _refuse_tokens(unit: Unit) -> None:
-    """Refuse the unit "tokens" for batches of equal numbers of pairs, which do not say the tokens of an image."""
+    """Refuse the unit "tokens" for batches of equal numbers of pairs, whose plan states no tokens of an image."""
     if unit != "pairs":
         raise ValueError(f"batches of equal numbers of pairs are counted in pairs, not in {unit}")
 
@@ -79,12 +79,12 @@ class TokenBudget:
 
     Attributes:
         seq_lens: numbers of patches; each batch draws one, and none of its images has more.
-        seq_len_probs: the weight of each of them; all alike if there are none.
-        patch_sizes: sides of a patch, of which each batch draws one; the model's own if there are none.
-        patch_size_probs: the weight of each of them.
+        seq_len_probs: the weight of each of ``seq_lens`` in the draw; empty for equal weights.
+        patch_sizes: sides of a patch in pixels, of which each batch draws one; empty for the model's own.
+        patch_size_probs: the weight of each of ``patch_sizes`` in the draw; empty for equal weights.
         max_tokens: the most tokens of a batch of one process, if each image has the number that was drawn.
         divisor: the pairs of one process are a multiple of this, where so many fit; otherwise as many as fit.
-        processes: number of processes with which the run began; a batch of all has that many times the pairs of one.
+        processes: number of processes with which the run began; a batch has that many times the pairs of one process.
 
     Raises:
         ValueError: there is no number of patches, weights do not fit the numbers, or not a single image fits.
@@ -127,7 +127,7 @@ class TokenBudget:
 
 
 class BudgetedBatches:
-    """A plan of batches of a budget of tokens; ``seed`` determines what they draw."""
+    """A plan of batches that keep to a budget of tokens; ``seed`` determines their draws of patch counts and sizes."""
 
     def __init__(self, budget: TokenBudget, seed: int) -> None:
         self.budget, self.seed = budget, seed

@@ -1,6 +1,6 @@
-"""Parquet and Arrow files are read in a separate process: pyarrow checks little, and a damaged file may end it.
+"""Parquet and Arrow files are read in a separate process: pyarrow checks little, and a damaged file may crash it.
 
-Each process that needs such files starts one reader at the first of them, and keeps it.
+Each process that needs such files starts one reader process at the first file, and keeps it.
 """
 
 import atexit
@@ -155,7 +155,7 @@ def _end() -> None:
 
 
 def _forget() -> None:
-    """Close this process's pipes to the reader of Parquet and Arrow files, which ends with its last pipe.
+    """Close this process's pipes to the reader of Parquet and Arrow files, which ends when its last pipe is closed.
 
     A forked process takes no lock here: a thread that exists only in the parent might hold it.
     """

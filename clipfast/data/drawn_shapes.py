@@ -182,7 +182,7 @@ def _related(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
     """Draw a synthetic scene of two shapes, of which one is beside, above or below the other."""
     relation, (right, down) = rng.choice(list(RELATIONS.items()))
     along, across = rng.uniform(30, 36), rng.uniform(-6, 6)
-    # The first thing of the caption lies in the direction of the relation.
+    # Seen from the second shape of the caption, the first one lies in the direction of the relation.
     first, second = _couple(rng, -along * right + across * down, -along * down + across * right, is_test=is_test)
     caption = f"a {first.shape} {relation} a {second.shape}"
     wrong = f"a {second.shape} {relation} a {first.shape}"
@@ -193,7 +193,7 @@ def _counted(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
     """Draw a synthetic scene of several equal shapes, each in one of nine cells."""
     colour, shape = rng.choice(ONES[is_test])
     fewer = rng.choice([number for number in COUNTS if number + 1 in COUNTS])
-    count, other = rng.sample((fewer, fewer + 1), 2)  # each number is the right one as often as the wrong one
+    count, other = rng.sample((fewer, fewer + 1), 2)  # each number is right as often as it is wrong
     radius, cell = rng.uniform(5.5, 7.5), SIDE / 3
     things = []
     for place in rng.sample(range(9), count):

@@ -4,7 +4,7 @@ A worker sends the files that the device can certainly decode, and decodes all o
 baseline file with one scan, libjpeg raises errors only for the headers before the scan and for a missing end; for
 anything wrong within the scan, it gives at most a warning. The worker therefore decodes the file without its scan, at
 an eighth of its size, and looks for the marker that ends the scan. In this way the worker finds every file that cannot
-be used, and replaces it as always. If only the device refuses a file, the host decodes it.
+be used, and takes another sample for it. If only the device refuses a file, the host decodes it.
 """
 
 from __future__ import annotations

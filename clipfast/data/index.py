@@ -125,8 +125,8 @@ class IndexCache:
         Args:
             names: names of the shards, as :func:`clipfast.data.expand_shards` returns them.
             workers: number of processes that make indices; with fewer than two, this process makes them.
-            whole: also index shards that must be copied for it, even if their samples can be counted without a copy;
-                otherwise such a shard is only counted, and its ``counted_in`` is set.
+            whole: also index shards that can only be read from a copy, even if their samples can be counted without a
+                copy; otherwise such a shard is only counted, and its ``counted_in`` is set.
 
         Raises:
             ShardError: a shard is missing, or is not of its format.

@@ -1,8 +1,8 @@
 """Batches of image-text pairs for training.
 
 The order of the samples is decided before anything is read, and each sample is augmented from random numbers that
-depend only on the seed, the pass over the data and the sample. So any batch can be made by itself, on any process: a
-run that was interrupted continues to the last bit, on another number of ranks and data workers too.
+depend only on the seed, the pass over the data and the sample. So any batch can be made by itself, on any process: an
+interrupted run continues with the same batches, bit by bit, also on another number of ranks and data workers.
 """
 
 from __future__ import annotations

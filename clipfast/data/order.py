@@ -131,7 +131,7 @@ class Order:
         self.streams = min(streams, self.length)
         self.windows = -(-self.length // window)
         self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of the first sample of each shard
-        self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # where the streams begin and end
+        self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # begin of each stream, end of the last
         self._passes, self._windows = LastTwo(self._shards), LastTwo(self._window)
 
     def __len__(self) -> int:

@@ -51,7 +51,7 @@ class ReadAhead:
             for number, source in enumerate(batches.sources)
             if isinstance(source, ShardSource) and any(shard.is_copied for shard in source.shards)
         }
-        # Half of the room is for copies ahead, and the other half for the copies that are being read.
+        # Half of the cache's room is for copies that are made ahead, and the other half for copies that are being read.
         self._room = min((source.index.room() for source in self._sources.values()), default=0) // sharers // 2
         self._horizon = in_flight + max(min(BATCHES, POSITIONS // batches.batch_size), 1)
         self._at = first  # the batch that training waits for
@@ -118,7 +118,7 @@ class ReadAhead:
 
     def _look(self) -> None:
         """Queue the shards that the next batches need, in the order of their first use, to be copied."""
-        at = self._at  # another thread may change it
+        at = self._at  # another thread may change self._at meanwhile
         self._needed = {shard: last for shard, last in self._needed.items() if last >= at}
         end = min(at + self._horizon, self._stop)
         for number in range(self._looked, end):

@@ -112,7 +112,7 @@ def _is_absent(name: str, error: Exception) -> bool:
 
 @contextlib.contextmanager
 def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
-    """Open a local or remote shard, or a file beside it, to be read in sequence; without ``whole``, at any place."""
+    """Open a shard, or a file beside it, to read it from begin to end or, without ``whole``, from any position."""
     if not name.startswith(PIPE):
         if not is_remote(name):
             with open_regular(name) as file:

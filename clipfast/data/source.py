@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 MAX_OPEN = 256  # number of shards that a process holds open for all its sources, unless a mix needs more
 OTHER_FILES = 512  # number of files that a process may have open beside shards
-IDLE = 1024  # a shard is closed after this many reads of other shards; each of an order's 64 streams is read more often
+# A shard whose copy was removed from the cache is closed after this many reads of other shards. Each of the 64 streams
+# of an order of samples is read more often than that.
+IDLE = 1024
 
 CAPTION = "caption"  # value of --unique-by: samples with equal captions have the same identity
 

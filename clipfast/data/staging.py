@@ -50,7 +50,7 @@ BZ2_ERROR = "Invalid data stream"  # the text by which bz2's OSError is recognis
 MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated")
 
 NEVER = threading.Event()
-# An event of the thread that copies: once it is set, the copy ends with an error at its next piece.
+# An event of the thread that copies: once it is set, the copy ends with an error at its next piece of data.
 cancelled = ContextVar("cancelled", default=NEVER)
 
 log = logging.getLogger("clipfast")
@@ -279,7 +279,7 @@ class _Joined:
 
 
 def _copy(name: str, path: Path) -> None:
-    """Copy a shard to the cache. A damaged tar file is copied as far as it is readable; its index notes the rest."""
+    """Copy a shard to the cache. A damaged tar file is copied as far as it is readable; its index states the loss."""
     if is_folder(name):
         write_list(name, path)
         return
@@ -323,7 +323,7 @@ def _copy_decompressed(name: str, source: IO[bytes], file: IO[bytes]) -> None:
 
 
 def _make_room(folder: Path, share: float = 1.0) -> None:
-    """Remove the copies of shards that were opened longest ago, until the rest fits into ``share`` of their room.
+    """Remove the copies of shards that were opened longest ago, until the others fit into ``share`` of the room.
 
     Unfinished copies of killed processes are removed too.
     """

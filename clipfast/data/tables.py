@@ -234,7 +234,7 @@ def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]
     """Return begin and length of each sample of a JSON Lines file: of its lines that are not empty.
 
     Raises:
-        ValueError: the first line is no JSON object, or a table has no line; empty folders are refused elsewhere.
+        ValueError: the first line is no JSON object, or a table has no line (:mod:`.folders` refuses empty folders).
     """
     lines, records = _Lines(file), _Records()
     begin = 0

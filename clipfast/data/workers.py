@@ -1,4 +1,4 @@
-"""Data workers: processes that read and decode batches ahead. Their start, their end, and errors when one is lost."""
+"""Starts and ends data workers, the processes that read and decode batches ahead, and reports the loss of a worker."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _first_death(workers: Sequence[BaseProcess]) -> str | None:
 
 
 def _start_worker(_: int) -> None:
-    """Let a data worker leave the signals to its parent process."""
+    """Let a data worker ignore the signals that its parent process handles, and end when the parent dies."""
     # A terminal or a job scheduler sends these signals to every process. The parent process decides when to stop, and
     # needs batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
