@@ -52,7 +52,7 @@ class Case:
     dtype: str  # name of the dtype of the floating inputs
     device: torch.device
     inputs: Callable[[], Inputs]  # draws new random inputs
-    candidates: tuple[Candidate, ...]  # OURS is among them
+    candidates: tuple[Candidate, ...]  # one of them has the name OURS
     # The same computation in plain PyTorch. A candidate that differs from it is not timed. If it is None, the results
     # are not compared.
     reference: Candidate | None = None

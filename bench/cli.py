@@ -42,10 +42,10 @@ examples:
   python -m bench contrastive_loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
   python -m bench step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
-  python -m bench data --pairs-per-second 5000    how many data workers that takes, and which stage limits
+  python -m bench data --pairs-per-second 5000    the data workers for this rate, and the slowest stage
   python -m bench contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
   python -m bench tune --op contrastive_loss --card H100
-  python -m bench host --stub            what the host takes for each op, and how many kernels start
+  python -m bench host --stub            the host's time for each op, and the number of kernels that start
   python -m bench table                  write the tables of the README and docs/ again from the committed results"""
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add a subcommand for each suite and group of suites, and the subcommands that read results."""
+    """Add a subcommand for each suite and group of suites of benchmarks, and those for the tuner, host and tables."""
     commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     everything = {name: suite.help for name, suite in SUITES.items()}
     everything |= {group: ", ".join(suites) for group, suites in GROUPS.items()} | {"all": "every suite"}
@@ -77,7 +77,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         measuring = commands.add_parser(shown, aliases=others, help=text, description=f"{text[0].upper()}{text[1:]}.")
         _add_measuring(measuring)
         if name == "data":
-            rate = "rate at which the last table says how many cores each stage takes (default: 10000)"
+            rate = "rate for which the last table has the number of cores of each stage (default: 10000)"
             measuring.add_argument("--pairs-per-second", type=float, default=10_000, metavar="N", help=rate)
     text = "search launch configurations on the GPU of this machine"
     tuner = commands.add_parser("tune", help=text, description=tune.__doc__)

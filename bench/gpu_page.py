@@ -25,11 +25,11 @@ from .suites.step import GRAPHED, PADDED
 
 HEADS = ("claim", "predicted", "measured", "ratio")
 PREDICTED = "predicted.json"
-# The spaces before a claim show to which case it belongs. No script sorts the rows, since their order has a meaning.
+# Spaces before a claim show that it belongs to the case above it. So white space is kept, and headings sort no rows.
 STYLE = "td { white-space: pre } th button { pointer-events: none } body { max-width: 76rem }\n"
 WORDS = (
-    "A ratio of times is that of the prediction over the measurement: above 1, the kernel was faster than predicted. "
-    "That of another implementation is its time over ours: above 1, ours was faster."
+    "In a row with a prediction, the ratio is the predicted time over the measured one: above 1, the kernel was faster "
+    "than predicted. In a row of another implementation, it is its time over ours: above 1, ours was faster."
 )
 
 

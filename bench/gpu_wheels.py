@@ -32,7 +32,7 @@ def wheels() -> str:
     if not missing:
         return "\n".join([*lines, "Nothing has to be carried."])
     return "\n".join([
-        *lines, "Where there is a network and the same Python (leave out what has no wheel):",
+        *lines, "On a machine with a network and the same Python (leave out packages without a wheel):",
         f"  python3 -m pip download --no-deps --only-binary=:all: -d .whl {' '.join(missing)}",
         "On the GPU machine, in the checkout, with the folder .whl in it:",
         "  python3 -m pip install --no-index --no-deps --target build/wheels .whl/*.whl",

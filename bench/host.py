@@ -222,7 +222,7 @@ def _lines(passes: Sequence[Findings]) -> list[str]:
 
 
 def _cells(one: HostTime | str | None, found: Findings) -> tuple[str, str]:
-    """Return two cells of the host's table: a candidate's microseconds, and the ratio to those of :func:`compared`."""
+    """Return two cells of the host's table: a candidate's time, and its ratio to the time of :func:`compared`."""
     if not isinstance(one, HostTime):
         return "", ""
     theirs = found.get(compared(found))

@@ -22,7 +22,7 @@ from .harness import Timing, ratio_interval
 SCHEMA = 1
 MODEL_FLOPS = "3 x forward of the published model + 6 N^2 D for the loss"
 FOLDER = Path("bench/results")
-SMOKE_FOLDER = Path("runs/bench")  # git ignores it
+SMOKE_FOLDER = Path("runs/bench")  # git ignores this folder
 
 
 def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:

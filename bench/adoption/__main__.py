@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the sections of the requested libraries in the table of adopted models, and return 0."""
     libraries = {library.module: library for library in table.LIBRARIES}
     parser = argparse.ArgumentParser(prog="python -m clipfast.bench.adoption", description=table.__doc__)
-    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(libraries)} (default: all)")
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=f"among {', '.join(libraries)} (default: all)")
     parser.add_argument("--file", type=Path, default=Path("docs/tables/adopt.md"), help="default: %(default)s")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.libraries) - set(libraries))

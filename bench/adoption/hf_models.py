@@ -164,7 +164,7 @@ def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False,
     """
     images = {key: given[key].clone().requires_grad_() for key in given.keys() & {"pixel_values"}}
     model.zero_grad()
-    torch.manual_seed(1)  # so that both models drop the same elements
+    torch.manual_seed(1)  # so that dropout drops the same elements of both models
     output = model(**given | images, **options)
     if loss_only:
         outs = {key: getattr(output, key) for key in ("loss", "text_embeds", "image_embeds")}

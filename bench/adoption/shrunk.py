@@ -276,7 +276,7 @@ def results(model: nn.Module, *args: Input) -> dict[str, Tensor]:
     seen = args[0] if isinstance(args[0], dict) else {"images": args[0]}
     seen = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in seen.items()}
     model.zero_grad()
-    torch.manual_seed(1)  # so that both models drop the same elements
+    torch.manual_seed(1)  # so that dropout drops the same elements of both models
     out = outputs(model, seen if isinstance(args[0], dict) else seen["images"], *args[1:])
     return gradients(model, {str(i): x for i, x in enumerate(out)}, seen)
 

@@ -30,14 +30,15 @@ PARTS = tuple(MODEL_PARTS)
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 HEAD = """# What each model runs on
 
-This file is written by `python -m clipfast.bench.adoption`, one section for each version of a library that was there.
+This file is written by `python -m clipfast.bench.adoption`, one section for each version of a library.
 
-Each model is shrunk in depth and width, but not in kind, so that its numbers of places are smaller than those of the
-real one. "5 of 7 (2)" says that 5 of 7 places run on our kernels, and note 2 says why the others were left as they
-were; "–" says that there is no such place. Places count although on a CPU the original of most is faster, and
-runs; to measure the errors, ours ran on a CPU too. The last columns are the largest errors of a patched model against
-the original, over outputs and all gradients, each relative to the largest value of its tensor (of a gradient: at least
-a thousandth of the largest of all). In float64 the models are in training mode, and in float32 in evaluation mode."""
+Each model is shrunk in depth and width, but not in kind, so it has fewer layers than the real model. "5 of 7 (2)"
+says that 5 of 7 layers run on our kernels, and note 2 says why the other layers keep their original op; "–" says
+that the model has no such layer. The counts are those of a GPU: on a CPU, most layers keep the original op, which
+is faster there. To measure the errors, our ops ran on a CPU too. The last columns are the largest errors of a
+patched model against the original, over outputs and all gradients, each relative to the largest value of its tensor
+(of a gradient: at least a thousandth of the largest of all). In float64 the models are in training mode, and in
+float32 in evaluation mode."""
 
 
 @dataclasses.dataclass(frozen=True)

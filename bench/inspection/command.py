@@ -41,11 +41,12 @@ examples:
 
 exit code: 0 no problem, 1 a shipped kernel has one, 2 an error, 130 interrupted"""
 NOTE = """\
-Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing was measured on one.
-PyTorch's products take {tflops:g} TFLOP/s, those in 8 bits {times:g} times as many, and its other ops the bytes that
-they move. A CUDA graph takes the GPU's time. An eager call takes that or the host's, whichever is longer and so binds;
-pairs/s are of eager steps. The host's time follows from calls that were timed on {host}. Corrected: by the model's
-median error on published kernels of the kind; the range held for four in five of them. docs/gpu-model.md has them."""
+Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); no GPU measured these times.
+PyTorch's products run at {tflops:g} TFLOP/s, those in 8 bits at {times:g} times this rate; its other ops take the time
+to move their bytes. A CUDA graph takes the GPU's time. An eager call takes the GPU's or the host's, whichever is longer
+("binds"); pairs/s are of eager steps. The host's time follows from calls that were timed on {host}. Corrected: divided
+by the model's median error on published kernels of the same kind; the range held for four in five of these kernels.
+docs/gpu-model.md lists them."""
 
 
 def inspect_launch(launch: Launch, arch: int, *, case: str = "", kernel: str = "", predicts: bool = True) -> Report:
@@ -141,7 +142,7 @@ def add_parser(commands: Any) -> None:
     add = what.add_argument
     add("--predict", action="store_true", help="predict every op and a step of every published model instead")
     add("--card", default="h100", choices=tuple(MACHINES), help="the GPU to predict (default: h100)")
-    add("--dtype", default="bf16", choices=tuple(DTYPES), help="of the ops (default: bf16)")
+    add("--dtype", default="bf16", choices=tuple(DTYPES), help="dtype of the ops (default: bf16)")
     add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
     crossover = "find the batch from which the GPU takes longer than the host; it takes several times as long"
     add("--crossover", action="store_true", help=crossover)

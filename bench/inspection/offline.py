@@ -144,7 +144,7 @@ def compile_kernel(launch: Launch, arch: int) -> Any:
 def assembler_log(kernel: Any) -> str:
     """Return the assembler's messages about a compiled kernel, which Triton discards.
 
-    A kernel from Triton's cache is assembled again. Triton does this too, so the options are the same.
+    Triton's own function assembles a kernel from Triton's cache again, with the options of its compilation.
     """
     if kernel.hash not in _logs:
         target = kernel.metadata.target

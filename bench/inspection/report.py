@@ -28,9 +28,9 @@ _COLUMNS = {
 def explain() -> str:
     """Return the text for ``--help``: the purpose of ``clipfast inspect`` and the meaning of its columns."""
     what = (
-        "Compile every shipped kernel for GPUs that need not be there, and report what each takes. The exit code is 1 "
-        "if one spills, exceeds a limit or misses the matrix unit, or if the assembler warns of it, as where it runs "
-        "products one after another."
+        "Compile every shipped kernel for GPUs that this machine may lack, and report the resources that each kernel "
+        "takes. The exit code is 1 if a kernel spills registers, exceeds a limit or misses the matrix unit, or if the "
+        "assembler warns, for example that it runs products one after another."
     )
     columns = [
         textwrap.fill(text, 100, initial_indent=f"  {name:8}", subsequent_indent=" " * 10)

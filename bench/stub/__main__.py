@@ -18,7 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.stub", description=__doc__)
     add = parser.add_argument
     add("--arch", type=int, default=90, choices=tuple(ARCHITECTURES), help="compute capability (default: 90)")
-    cases = "shipped shapes, all odd ones or those of a quick run, or small ones while a stream is captured"
+    cases = "calls at shipped shapes, all with odd layouts or those of a quick run, or small ones in a captured stream"
     add("--cases", nargs="+", default=CASES[:2] + CASES[3:], choices=CASES, help=cases)
     add("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES), help="of shipped and odd cases (all)")
     add("--json", action="store_true", help="print one line of JSON for each kind of cases")

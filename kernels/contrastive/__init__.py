@@ -6,14 +6,15 @@ the loss of a batch that is spread over processes, and ``exchange`` the messages
 
 ``launches`` computes statistics and gradients in blocks, whose sizes ``block_sizes`` chooses. Its kernels are in
 ``softmax_kernels`` (contrastive, InfoNCE, NT-Xent) and ``kernels`` (sigmoid, and what all losses share); ``tiles`` has
-the Triton functions of both, and ``operands`` the form in which they take features. The products of a block of G with
-the features have three forms: ``products`` (the usual one), ``one_block`` (G is a single block) and ``strips`` (few
-rows and many columns). ``merges`` joins the statistics of InfoNCE and NT-Xent, whose rows have logits in two blocks.
+the Triton functions of both, and ``operands`` the form in which they take features. The products of a block of G (the
+gradient with respect to the logits) with the features have three forms: ``products`` (the usual one), ``one_block`` (G
+is a single block) and ``strips`` (few rows and many columns). ``merges`` joins the statistics of InfoNCE and NT-Xent,
+whose rows have logits in two blocks.
 ``cpu`` has the functions of ``launches`` in PyTorch, and ``small_batch`` computes a batch at once whose logits fit into
 a CPU's cache.
 
-The batch of all processes: ``modes`` chooses what they exchange, by an estimate of the time. ``spec`` and ``cases``
-list what is checked, compiled and measured.
+For a batch that is spread over processes, ``modes`` chooses which features and gradients the processes exchange, by an
+estimate of the time. ``spec`` and ``cases`` list the calls that are checked, compiled and measured.
 """
 
 from .contrastive import contrastive_loss

@@ -29,9 +29,9 @@ STEPS_OF_SUM = 7
 def parts_of(layout: Layout, rows: int, *, has_y: bool) -> tuple[int, int]:
     """Return the number of parts into which the columns of a strip are cut, and the rows of a part's accumulator.
 
-    The number is 0 if the kernel without parts takes no longer. With ``has_y``, where G^T x is computed too, that
-    kernel computes both products in one launch. ``layout`` is that of one block of the strip, which has ``rows`` rows
-    in all.
+    The number is 0 if the kernel without parts takes no longer. With ``has_y``, G^T x is computed too, and the kernel
+    without parts computes both products in one launch. ``layout`` is that of one block of the strip, which has ``rows``
+    rows in all.
     """
     device, dtype, m, n, d, *_ = layout
     cfg = products_config(device, dtype, d)
@@ -45,7 +45,7 @@ def parts_of(layout: Layout, rows: int, *, has_y: bool) -> tuple[int, int]:
     apart = cdiv(of_y, at_once) * steps_y + STEPS_OF_LAUNCH * has_y
 
     def steps(parts: int) -> float:
-        """Return the estimated time of the products of a strip with so many parts, in steps of a loop."""
+        """Return the estimated time of the products of a strip with this number of parts, in steps of a loop."""
         if parts == 0:
             return makespan(long, num_long, short, num_short, at_once)
         rounds = cdiv(of_x * parts, at_once) * (cdiv(steps_x, parts) + STEPS_AROUND_LOOP)

@@ -291,7 +291,7 @@ def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: 
 
 @_means("VOTE", "VOTEU", "ELECT", "SYNCS")
 def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    """Run a vote, as if all lanes voted alike, an election of this lane, or a test of a barrier that is reached."""
+    """Run a vote as if all lanes agree, an election as if this lane wins, or a test as if its barrier is reached."""
     results = [operand for operand in found if operand.is_predicate and operand.sign != "!"]
     if "ARRIVE" in modifiers or "EXCH" in modifiers or not results:
         return

@@ -47,7 +47,7 @@ def run(
         program: the instructions that each warp runs.
         warps: the number of warps of a block.
         blocks: the number of blocks that share the multiprocessor.
-        rounds: the number of blocks that run one after another in place of each of them.
+        rounds: how many blocks run one after another in the place of each of the ``blocks``.
         machine: rates and latencies.
         hbm_share: the fraction of loaded and stored bytes that HBM moves; the rest is in L2.
     """

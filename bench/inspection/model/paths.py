@@ -282,7 +282,7 @@ def _unrolled(items: Sequence[Any], counts: Mapping[tuple[Any, ...], int]) -> tu
 
 
 def _grouped(items: Sequence[Any], longest_period: int = 48) -> tuple[Any, ...]:
-    """Return the pieces of a path with its repetitions as loops, the inner ones first."""
+    """Return the pieces of a path, in which repeated pieces are replaced by loops; inner loops are found first."""
     made: list[Any] = []
     places: dict[Any, int] = {}
     index = 0

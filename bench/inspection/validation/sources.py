@@ -101,7 +101,7 @@ def _module(folder: Path, name: str) -> ModuleType:
         package_of.__path__ = [str(path.parent)]
         sys.modules[path.parent.name] = package_of
     neighbours = mock.patch.object(sys, "path", [str(path.parent), *sys.path])  # tutorials import each other
-    no_library = mock.patch.object(torch.cuda, "is_available", return_value=False)  # otherwise they load cuBLAS
+    no_library = mock.patch.object(torch.cuda, "is_available", return_value=False)  # tutorials load cuBLAS if True
     with stand_in_gpu(), no_library, neighbours, _standing_in():
         spec.loader.exec_module(loaded)
     _bind_old_names()
