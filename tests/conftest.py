@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-# This is set before torch is imported, since workers of pytest-xdist share the cores.
+# Workers of pytest-xdist share the cores, so each gets one thread. Torch reads OMP_NUM_THREADS when it is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,8 +27,8 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# A plugin of pytest may have imported torch before the variable was set. Processes that tests start read the variable,
-# and with another number of threads than here, their results would differ in the last bits.
+# A plugin of pytest may have imported torch before OMP_NUM_THREADS was set. Processes that tests start read it, and if
+# they had another number of threads than this process, their results would differ from its own in the last bits.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -36,11 +36,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["CLIPFAST_CACHE"] = tempfile.mkdtemp(prefix="clipfast-cache-")
 atexit.register(shutil.rmtree, os.environ["CLIPFAST_CACHE"], ignore_errors=True)
 
-# The processes that tests start find the test modules by this path. The first path stays before it: where nothing is
-# installed, it has links to the packages, while the folder clipfast/ of a checkout lacks kernels and bench.
+# The processes that tests start find the test modules by the path of the checkout. The first path stays before it:
+# where clipfast is not installed, the first path has links to its packages, while the folder clipfast/ of a checkout
+# lacks kernels and bench.
 sys.path.insert(1, str(Path(__file__).parent.parent))
-# On that path, transformers (which OpenCLIP imports if it is installed) would take our folder "kernels" for the package
-# of that name and import it a second time, which would register its ops over those that are tested.
+# With the checkout on the import path, transformers (which OpenCLIP imports if it is installed) would take the
+# checkout's folder "kernels" for the Hugging Face package of that name and import it, although it is imported as
+# clipfast.kernels already. The second import would register its ops over those that are tested.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -84,7 +86,7 @@ LONG = (
 class OnlyMeta(TorchDispatchMode):
     """A dispatch mode that fails if an op returns a tensor on another device than "meta".
 
-    A model on "meta" stands for one on a GPU. An op that makes a tensor elsewhere would copy it from the host there.
+    A model on "meta" stands for one on a GPU, where an op that makes a tensor on the CPU would copy it to the GPU.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -100,14 +102,14 @@ def pytest_report_header() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register our options."""
+    """Register the options that clipfast's tests add to pytest."""
     parser.addoption(
         "--update-resources",
         action="store_true",
-        help="rewrite the committed resources of kernels",
+        help="rewrite the committed resources and numbers of launches of the kernels",
     )
-    parser.addoption("--slow", action="store_true", help="also the sizes that take a CPU minutes")
-    parser.addoption("--fast", action="store_true", help="without what is marked long: for every edit")
+    parser.addoption("--slow", action="store_true", help="run also the sizes that take a CPU minutes")
+    parser.addoption("--fast", action="store_true", help="leave out the tests that take seconds each")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -165,14 +167,14 @@ def nothing_left_running() -> Iterator[None]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            # Its parent was killed just now, so it will soon be a child of this process.
+            # A process that is not a child of this one has a killed parent, so it soon becomes one and is waited for.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Let every test draw the same numbers, whatever ran before it."""
+    """Seed PyTorch, so that a test draws the same random numbers whatever ran before it."""
     torch.manual_seed(0)
 
 
@@ -189,14 +191,14 @@ def threads(count: int) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread in a test, as in the processes of ``run_ranks``."""
+    """Let PyTorch use one thread in a test, as in the processes that ``run_ranks`` of processes.py starts."""
     with threads(1):
         yield
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Let PyTorch use two threads in a test, whose partial sums could be added in any order."""
+    """Let PyTorch use two threads in a test of equal bits, since their partial sums could be added in any order."""
     with threads(2):
         yield
 

@@ -49,7 +49,7 @@ def run_ranks(
 
     Args:
         timeout: seconds after which the processes are killed.
-        options: options of :func:`start_ranks`, as are the other arguments.
+        options: ``collective_s`` of :func:`start_ranks`, which describes the other arguments as well.
 
     Raises:
         RuntimeError: a rank failed, with its traceback, or did not end in time.

@@ -28,12 +28,12 @@ from clipfast.train.optim import parse_arguments
 TINY, RESNET, NAFLEX, SIGLIP = (
     str(Path(__file__).with_name(f"{name}.json")) for name in ("tiny", "resnet", "naflex", "siglip")
 )
-draw_pictures = loop._pictures  # the original, since tests of the trainer replace it in the module
+draw_pictures = loop._pictures  # the original function, since tests of the trainer replace it in the module ``loop``
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 
 
 def write_shard(path: Path, samples: list[dict[str, bytes]] | int) -> Path:
-    """Write the tar file of samples, or of so many good ones, for small runs; the keys are 000, 001, ..."""
+    """Write a shard for small runs, with ``samples`` or with that many good samples; their keys are 000, 001, ..."""
     samples = [sample(index) for index in range(samples)] if isinstance(samples, int) else samples
     mode = "w:gz" if path.suffix == ".gz" else "w"
     with tarfile.open(path, mode) as tar:
@@ -135,7 +135,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def small(shards, tmp_path):
-    """A function that returns the options of a run of eight steps on the small shards, with changes."""
+    """A function that returns the options of a training run of eight steps on the small shards, with some changed."""
     from .train.test_training import config
 
     return functools.partial(config, shards, tmp_path)
@@ -164,7 +164,7 @@ def copied(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     store = Checkpoints(tmp_path / "run/checkpoints")
     store.latest.unlink()
-    store.begin(store.step_path(8))  # the copy has no links
+    store.begin(store.step_path(8))  # in the copy, ``latest`` was a file of its own instead of a link to this one
     return RunFolder(tmp_path / "run")
 
 
@@ -188,7 +188,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
     """A web server for shards that also serves ranges of bytes, and records which bytes are requested."""
 
     def refused(self, path):
-        """Answer for a shard that is not on the server, or that fails for some more requests."""
+        """Send an error for a shard that is not there or must fail some more times, and return whether one was sent."""
         self.server.asked += 1
         self.server.is_answering.wait(20)
         left = self.server.failing.get(path.name, 0)
@@ -235,9 +235,11 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """An HTTP server of shards in "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail.
+    """An HTTP server of the shards in the folder "web".
 
-    The functions in ``changes`` are called one by one while files are sent; it answers while ``is_answering`` is set.
+    ``served`` lists the name and the number of bytes of each answer, and ``failing`` says by name how many requests
+    for a shard will fail. Each answer takes a function from ``changes`` and calls it before the bytes are sent. The
+    server answers while ``is_answering`` is set.
     """
     pytest.importorskip("aiohttp")
     monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
@@ -259,9 +261,9 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns the options of a case of ``distributed``, with changes, for a run in a folder.
+    """A function that returns the options of a training run for a case of train/distributed.py, with changes.
 
-    Files with other cases have a fixture of their own.
+    Test files with other cases replace this fixture by their own.
     """
     from .train.distributed import options_in
 
@@ -277,7 +279,7 @@ def together(tmp_path):
 
 
 def assert_initialised_alike(model, reference):
-    """Check that a new model's constants equal the reference's, and its random parameters have the same deviation."""
+    """Check that a new model's constants equal the reference's, and that random parameters have its deviations."""
     expected = dict(reference.named_parameters())
     for name, own in model.named_parameters():
         other = expected[name]

@@ -1,4 +1,4 @@
-"""kernels <- clipfast <- bench <- tests, and an order of the rooms in clipfast: nothing imports upward or too early."""
+"""Test the order of imports: of the layers (kernels <- clipfast <- bench <- tests), and of the rooms in clipfast."""
 
 import ast
 import importlib.util
@@ -24,34 +24,39 @@ OPTIONAL = [
 ]  # fmt: skip
 # The name under which the modules of each folder are imported.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench"}
-# A room, which is a package of clipfast, imports only rooms that stand before it. The public names, and the command
-# that puts them into other programs, stand before the command line, which alone may import everything.
+# A room, which is a package of clipfast, imports only rooms that stand before it in this list. The public names (api)
+# and the command that runs OpenCLIP's programs with clipfast (run) stand before the command line (cli), which may
+# import all of clipfast.
 ROOMS = [
     "kernels", "io", "host", "losses", "models", "distributed", "data", "checkpoints", "factory", "adopt", "runs",
     "evaluate", "search", "train", "verify", "plan", "doctor", "api", "__init__", "run", "cli", "__main__", "bench",
     "tests",
 ]  # fmt: skip
-BESIDE = [("train", "search"), ("verify", "search"), ("plan", "search")]  # nor do these import each other
-# The table of commands names those of bench, which are imported when one of them is called.
+# The first room of each pair does not import the second one either, although the second one stands before it.
+BESIDE = [("train", "search"), ("verify", "search"), ("plan", "search")]
+# The table of clipfast's commands may name those of bench, whose modules are imported only when a command is called.
 TABLE = ("clipfast.cli.main", "bench")
 
 
 def room_of(module: str) -> str | None:
-    """The room that ``module`` is in, or None if it is somebody else's."""
+    """Return the room (a package of clipfast, or tests) that ``module`` is in; None for another project's module."""
     top, _, rest = module.partition(".")
     return (rest.partition(".")[0] or "__init__") if top == "clipfast" else "tests" if top == "tests" else None
 
 
 def imported(source: str, package: str) -> set[str]:
-    """Absolute names of the modules that ``source``, in ``package``, imports, also in functions and by strings."""
+    """Return the absolute names of the modules that ``source``, the text of a module in ``package``, imports.
+
+    Imports inside functions count, and so do strings that are the name of a module of clipfast.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            # A name that is imported from a package may be a module of it; every room may import facts about the whole
-            # package.
+            # A name that is imported from a package may be one of its modules. __version__ is none, and every room may
+            # import it.
             found |= {f"{module}.{alias.name}" for alias in node.names if alias.name != "__version__"}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= set(re.findall(r"^(clipfast(?:\.\w+)+)(?::\w+)?$", node.value))
@@ -59,7 +64,7 @@ def imported(source: str, package: str) -> set[str]:
 
 
 def violations(module: str, source: str, package: str) -> set[str]:
-    """What ``source``, the text of ``module``, imports that its room may not."""
+    """Return the modules that ``source``, the text of ``module``, imports although its room may not."""
     own = room_of(module)
     wrong = set()
     for name in imported(source, package):
@@ -73,7 +78,7 @@ def violations(module: str, source: str, package: str) -> set[str]:
 
 
 def modules():
-    """Path, name and package of every module that is installed."""
+    """Yield path, name and package of every module that clipfast installs."""
     for folder, name in LAYERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             if "gates" in path.parts:  # tests, which are not installed
@@ -120,7 +125,8 @@ def test_a_file_name_means_one_thing():
 
 
 def test_every_folder_is_installed():
-    # An editable install would find packages that are not listed as well, and setuptools warns of unlisted data.
+    # An editable install finds a package that pyproject.toml does not list, so no other test misses it. Folders of data
+    # are listed too, since setuptools warns of those that are not.
     elsewhere = {"__pycache__", "results", "gates", "ci"}
     expected = {
         ".".join([LAYERS[layer], *path.relative_to(ROOT / layer).parent.parts])
@@ -196,7 +202,7 @@ def test_in_a_process_of_its_own(code):
 
 
 def test_no_public_name_is_that_of_a_module():
-    # Importing the module would hide the name.
+    # Importing a module of clipfast sets an attribute of the package, which would hide a public name that is equal.
     modules = {path.stem for path in (ROOT / "clipfast").iterdir()}
     assert not modules & (set(api.__all__) - {"kernels"})
 

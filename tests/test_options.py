@@ -1,4 +1,6 @@
-"""All commands treat options of a kind alike. The parsers are asked for the options, so that none is forgotten."""
+"""Test that all commands treat outputs, integers and help alike. The options are read from the parsers, so none is
+forgotten.
+"""
 
 import argparse
 import dataclasses
@@ -20,12 +22,14 @@ from clipfast.train.train_config import TrainConfig
 
 from .small_runs import run_command
 
-# These options name a path that is read, or a place that several commands share: no output that is made anew.
+# Options with the path of a file or folder that a command reads, or that several commands share. None of them is an
+# output, which must not exist before.
 READ = {
     "--page", "--results", "--tables", "--features", "--folder", "--queries", "--image", "--pictures", "--baseline",
     "--added-labels", "--names", "--root", "--watch", "folder", "file", "images", "image", "runs",
 }  # fmt: skip
-PLACES = {("embed", "--output"), ("eval suite", "--output")}  # these commands go on where they were stopped
+# Outputs that may exist before, since these commands go on where they were stopped.
+PLACES = {("embed", "--output"), ("eval suite", "--output")}
 
 
 def leaves(parser, name):
@@ -107,7 +111,7 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
 
 
 def test_every_integer_has_a_range():
-    """The integers of training are checked with its other options, since recipes have them too."""
+    """The integers of training have no range in the parser: ``check_value`` checks them, since recipes may set them."""
     of_training = {field.name: field for field in dataclasses.fields(TrainConfig) if field.metadata["kind"] is int}
     for name, action in ACTIONS:
         assert action.type is not int or action.choices or action.dest in of_training, (name, action.dest)
@@ -143,7 +147,7 @@ def test_the_tab_key_completes_commands_flags_and_choices():
 
 def test_a_failing_command_leaves_no_output(tmp_path):
     def run(args):
-        """Run a command that writes its outputs and may fail then."""
+        """Run a command that writes its two outputs, and may fail after that."""
         files.replace_text(tmp_path / "a", "new")
         files.write_folder(tmp_path / "b", lambda folder: (folder / "x").touch())
         if args.fails:

@@ -1,4 +1,4 @@
-"""What is said of how far work is, where there is no terminal."""
+"""Test the lines of progress that a command prints if its output is no terminal."""
 
 import time
 

@@ -23,7 +23,7 @@ from .small_runs import TINY, sample, write_shard
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-# Pages whose commands and programs need data or models that their own tests make.
+# Pages whose commands and programs need data or models, each with the test file that makes these and runs the page.
 TESTED_ELSEWHERE = {
     "evaluate.md": "evaluate/test_evaluation_docs.py",
     "evaluate-composition-bias.md": "evaluate/test_evaluation_docs.py",
@@ -49,10 +49,10 @@ def commands_in(text, language="sh"):
 
 COMMANDS = commands_in(TEXT + "".join(page.read_text() for page in PAGES))
 OURS = [arguments for program, *arguments in COMMANDS if program == "clipfast"]
-# The first of these commands trains a model, and the others go on with it; every other command stands alone.
+# The first of these commands trains a model, and the others use it; every other command of the pages stands alone.
 CHAIN = ("train", "eval", "embed", "search", "convert", "inspect-checkpoint")
-# For some options of the commands, the options that make a run quick: two steps instead of a thousand, one plan and one
-# op instead of several, small sizes, and no process that measures memory.
+# If a command has a word on the left, the options on the right are added to it, so that its test is quick: two steps
+# instead of a thousand, one plan and one op instead of several, small sizes, and no process that measures memory.
 SHORT = {
     "--recipe": "--epochs 1 --train-num-samples 16 --batch-size 8 "
     "--train-data bundled:x --val-data bundled:x --val-leave-out odd",
@@ -73,7 +73,10 @@ def shortened(arguments, data):
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The folder in which a reader of a page works, where what came before has left its files, such as whole models."""
+    """A function that returns the folder in which the snippets of a page run one after the other.
+
+    A snippet finds the files of those before it, as a reader does. The folders are removed, since they hold models.
+    """
     root = tmp_path_factory.mktemp("pages")
 
     def folder(page):
@@ -93,7 +96,7 @@ def pairs(tmp_path_factory):
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
 def test_snippet(page, snippet, folder_of, monkeypatch, open_clip_registry):
-    """The models named ViT-B-32 are smaller ones: what a reader sees of them does not depend on their size."""
+    """OpenCLIP's ViT-B-32 is a tiny model here, since the results that a page shows do not depend on its size."""
     monkeypatch.chdir(folder_of(page))
     factory = pytest.importorskip("open_clip.factory")
     factory._MODEL_CONFIGS["ViT-B-32"] = json.loads(Path(TINY).read_text())
@@ -147,7 +150,7 @@ def test_make_targets():
 
 
 def test_commands_on_other_peoples_data_are_understood(capsys):
-    """Blocks of text hold commands whose data, weights or GPUs are not here: their options exist and fit together."""
+    """Commands in blocks of text need data, weights or GPUs that tests lack, so they are parsed and not run."""
     commands = [command for page in DOCS for command in commands_in_text(page) if command]
     assert len(commands) > 5
     for command in commands:
@@ -158,7 +161,7 @@ def test_commands_on_other_peoples_data_are_understood(capsys):
 
 
 def commands_in_text(page):
-    """Return the arguments of each command of clipfast in blocks of text, which hold other things too."""
+    """Yield the arguments of each command of clipfast in a page's blocks of text, which hold other lines as well."""
     for block in re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if start := re.match(r"(torchrun .*-m )?clipfast (-- )?", line):

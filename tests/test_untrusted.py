@@ -1,4 +1,4 @@
-"""Files and folders from elsewhere: whatever is in them, they are read within bounds, or refused with a reason."""
+"""Test that files and folders from strangers, whatever they hold, are read within bounds or refused with a reason."""
 
 import json
 import os
@@ -34,13 +34,17 @@ def shard(path):
 
 
 def in_folder(read):
-    """Return a function that reads the folder of an untrusted file."""
+    """Return a function that takes the path of an untrusted file, and calls ``read`` with the file's folder."""
     return lambda path: read(path.parent)
 
 
 @pytest.fixture
 def pipe(tmp_path):
-    """Make named pipes at whose other end writers come and go: who opens one meets its end, and does not wait."""
+    """Return a function that puts a named pipe in the place of a file.
+
+    A thread opens and closes the other end again and again, so code that wrongly opens the pipe reads an empty file
+    and fails, instead of waiting forever.
+    """
     made, closed = dict[os.PathLike, threading.Thread](), threading.Event()
 
     def write(path):
@@ -98,7 +102,7 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
 def test_a_configuration_that_no_model_has_is_refused_before_one_is_built(case, tmp_path):
-    """Otherwise some take all memory, some take years, and some are converted and fail where they are used."""
+    """Models of some of these configurations would take all memory or years to build; others would fail in use."""
     name, section, changes, message = CONFIGURATIONS[case]
     export_open_clip(make_model(CONFIGS[name]), tmp_path / "model")
     path = tmp_path / "model" / "open_clip_config.json"
@@ -139,7 +143,7 @@ ABOUT = {
 
 @pytest.fixture
 def embedded(tmp_path):
-    """A folder of embeddings of four of six pairs."""
+    """A folder of four embeddings of a shard of six pairs, of which the first two have numbers that no pair has."""
     pytest.importorskip("pyarrow")
     samples = Samples(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(6)])))
     Embeddings(torch.randn(4, 8), {"number": [-1, 10**15, 2, 3]}, about=samples.about()).save(tmp_path / "folder")
@@ -162,7 +166,7 @@ def test_no_other_picture_stands_for_one_that_is_not_there(embedded):
 
 @pytest.mark.parametrize("kind", ["rows", "footer", "shape"])
 def test_files_of_embeddings_that_unpack_to_too_much(kind, embedded, monkeypatch):
-    """The limits are smaller here."""
+    """The limits for tables and footers are smaller here, so that small files of embeddings exceed them."""
     from pyarrow import parquet, table
 
     monkeypatch.setattr(layout, "MAX_TABLE", 1 << 20)
@@ -204,7 +208,7 @@ def test_a_tokenizer_that_fails_is_refused_when_it_is_opened(broken, tmp_path):
 
 
 def test_a_foreign_index_is_not_read(embedded, tmp_path, monkeypatch):
-    """Faiss trusts an index wholly."""
+    """Faiss checks nothing in an index that it reads, so a foreign one could do harm; one in our own cache is read."""
     faiss = pytest.importorskip("faiss")
     monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
     embeddings, query = Embeddings.open(embedded), torch.ones(1, 8)

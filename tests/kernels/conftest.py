@@ -42,7 +42,7 @@ LEGS = {
     "device": ("cpu", "gpu", "interpreter"),
 }
 speed_up_interpreter()
-MAP_NORESERVE = 0x4000  # the flag of mmap(2) on Linux; Python's module has it since 3.13
+MAP_NORESERVE = 0x4000  # a flag of mmap(2) on Linux, which Python's module mmap has only since 3.13
 needs_sanitizer = pytest.mark.skipif(bool(lacks()), reason=lacks())
 # By name: the specification and a small shape for each way in which an op can be called.
 CALLS: dict[str, tuple[OpSpec, Shape]] = {
@@ -150,7 +150,10 @@ def own_plans() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU path of the contrastive loss compute small batches in blocks; ``TestWhole`` checks their own path."""
+    """Let the CPU path of the contrastive loss compute small batches in blocks, as it computes large ones.
+
+    ``TestWhole`` in test_contrastive.py checks the path that computes all logits of a small batch at once.
+    """
     monkeypatch.setattr(small_batch, "MOST_LOGITS", 0)
 
 
@@ -176,7 +179,7 @@ def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[in
 
 
 def far_apart(x: Tensor, axis: int) -> Tensor:
-    """Return an op's input with the same values, but elements along ``axis`` that span more than 2^31 elements.
+    """Return a copy of an op's input whose elements along ``axis`` lie so far apart that offsets exceed 2^31.
 
     The stride fits into 32 bits if possible. The memory between the values is zero, and only touched pages exist. If a
     kernel's offset wraps at 32 bits, it reads one of these zeros.
@@ -184,14 +187,14 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
     stride = 2**31 // max(1, x.shape[axis] - 1) + 16
     rest = iter(torch.empty(x.shape[:axis] + x.shape[axis + 1 :], device="meta").stride())
     strides = [stride if i == axis else next(rest) for i in range(x.ndim)]
-    # No memory is reserved for pages that are never touched.
+    # With this flag, the system reserves no memory for pages that are never touched.
     zeros = mmap.mmap(-1, (2**33 + 2**20) * x.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.frombuffer(zeros, dtype=x.dtype).as_strided(x.shape, strides, 2**32).copy_(x)
 
 
 @pytest.fixture
 def sanitizer() -> Iterator[Any]:
-    """Let ttsem execute and check every launch in the test; a launch with a fault raises an error."""
+    """Let the sanitizer ttsem execute and check every launch of a kernel in the test; a fault raises an error."""
     with sanitizer_session() as session, execute_on_cpu():
         yield session
         assert session.launches > 0, "nothing was launched"

@@ -111,7 +111,7 @@ def threads_over_the_kernels():
 
 @fault("60000 bytes of shared memory, 49152 allowed")
 def shared_memory_without_the_attribute():
-    """Launch a kernel with more shared memory than it may have without an attribute."""
+    """Launch a kernel with more than 48 KiB of shared memory, which needs an attribute that is not set."""
     with packed(shared=60000):
         compiled_copy()
 
@@ -166,7 +166,7 @@ def compiled_for_more_alignment():
 
 @fault("a plan started")
 def plan_with_addresses_in_another_order():
-    """Start a kernel by a plan that exchanges its addresses."""
+    """Start a kernel by a plan that exchanges the addresses of its tensors."""
     plan = plan_of_copy()
     bind = launch._bind
 
@@ -190,7 +190,7 @@ def start_with_addresses_in_another_order():
 
 @fault("a plan has two kernels for")
 def plan_that_forgets_alignment():
-    """Start a kernel by a plan that ignores the alignment of its addresses."""
+    """Start a kernel by a plan that takes the same compiled kernel for aligned and for unaligned addresses."""
     plan = plan_of_copy()
     bind, x = launch._bind, torch.zeros(1001)
     with mock.patch.object(launch, "_bind", lambda tensors: ((torch.float32,) * 2, bind(tensors)[1])):

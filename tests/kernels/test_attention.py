@@ -23,7 +23,8 @@ from .test_cases import hold
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# Lengths just below, at and just above each length at which the kernels change; test_one_token has the length 1.
+# Lengths just below, at and just above each length at which the kernels change; the specification has a case of length
+# 1.
 LENGTHS = (15, 16, 17, 49, 50, 63, 64, 65, 77, 145, 196, 197, 255, 256, 257, 272, 273, 577, 730)
 HEAD_DIMS = (8, 64, 80, 88, 104)
 QUICK_LENGTHS = (16, 50, 65, 77, 197, 257, 273)
@@ -36,8 +37,8 @@ either_mask = pytest.mark.parametrize("causal", [False, True], ids=["full", "cau
 def each_size(families, is_quick):
     """Return parameters for every family of attention kernels with every length and head dimension.
 
-    Parameters that are not quick are marked as slow. Heads that are too long for the family that holds them are
-    computed by the looped kernels.
+    Parameters that are not quick are marked as slow. The families "short" and "unrolled", which hold a whole head, are
+    left out at lengths above the most that they can hold.
     """
     sizes = [
         pytest.param(family, n, d, marks=[] if is_quick(n, d) else pytest.mark.slow)
@@ -51,13 +52,16 @@ def each_size(families, is_quick):
 
 @pytest.fixture
 def kernels(request, monkeypatch):
-    """Choose the attention kernels that hold a whole head, if its length permits, or those that walk it."""
+    """Let attention run the family of kernels that a test asks for: those for a whole head, or the looped ones.
+
+    A head that is too long for the kernels that hold it is computed by the looped ones.
+    """
 
     def whole_head(kernel, arch, dtype, head_dim, n):
-        """Choose the attention kernels that hold a whole head, where they can."""
+        """Return a configuration of the attention kernels that hold a whole head; None where others must be used."""
         if n > NUM_KEYS[-1] or (kernel == "attention_unrolled_bwd" and request.param != "unrolled"):
             return None
-        # With blocks of 64, 77 rows are one block and a few more rows.
+        # With blocks of 64 rows, a head of 77 rows has one full block, and one of few rows.
         return ShortConfig(64 if kernel == "attention_unrolled_bwd" else 32, num_warps=4, num_stages=1)
 
     if request.param != "auto":
@@ -70,9 +74,9 @@ def problem(*shape, device, dtype=torch.float32, **options):
 
 
 def cases_by_family():
-    """Return the cases of both attention ops that are small enough to be interpreted, with the kernels of whole heads.
+    """Yield the cases of both attention ops that run interpreted, with each family of kernels that hold a whole head.
 
-    In float32 the tables choose the looped kernels, so test_cases.py covers these.
+    In float32 the tables choose the looped kernels, so test_cases.py covers the looped ones.
     """
     for spec in (specs()["attention"], specs()["attention_qkv"]):
         for number, case in enumerate(spec.cases):
@@ -85,7 +89,8 @@ def cases_by_family():
 
 @pytest.mark.parametrize(("spec", "case", "kernels"), [*cases_by_family()], indirect=["kernels"])
 def test_case_by_each_family(spec, case, kernels, interpreted):
-    # A case has many draws only because of rare bad luck on the CPU path. Two are enough here.
+    # The specification gives some cases many draws, because they may fail by chance on the CPU path. Two draws are
+    # enough for the interpreter.
     hold(spec, dataclasses.replace(case, draws=min(case.draws, 2)), "float16")
 
 
@@ -94,7 +99,7 @@ def hold_one_head(length, head_dim, causal, dtype):
     shape = AttentionShape(1, length, 1, head_dim, causal, bias=False)
     # With few numbers, PyTorch's largest error may be small by chance.
     draws = 3 if head_dim == 8 else 1
-    hold(specs()["attention"], Case(shape, "no stride is easy", layout="transposed", draws=draws), dtype)
+    hold(specs()["attention"], Case(shape, "strides of transposed inputs", layout="transposed", draws=draws), dtype)
 
 
 @either_mask
@@ -113,7 +118,7 @@ class TestSanitized:
     @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (1, 300, 1, 80, False), (1, 290, 1, 64, False)], ids=str)
     def test_blocks_through_descriptors(self, shape, sanitizer, monkeypatch):
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
-        # Ttsem, which executes the kernel, has no inline assembly.
+        # Without this, the kernel waits for products by inline assembly, which the sanitizer ttsem cannot execute.
         monkeypatch.setattr(launches, "_is_held", lambda arch, dtype: False)
         spec = specs()["attention"]
         with spec.small_tiles(torch.bfloat16):
@@ -195,7 +200,7 @@ def test_configurations_of_other_architectures(shape, arch, interpreted, monkeyp
 
 @by_each_family
 def test_scores_of_minus_infinity(device, kernels):
-    # All weights of the first tile are zero. Its maximum -inf minus itself must not become NaN.
+    # All scores of the first tile of keys are -inf, and so is their maximum. Their difference must not become NaN.
     op, expected, inputs, _ = problem(1, 70, 1, 16, device=device)
     qkv = inputs["qkv"]
     qkv[..., :16].abs_()

@@ -1,4 +1,4 @@
-"""Test attention pooling beyond its cases: lengths, the pool of a ResNet with all projections, and its errors."""
+"""Test attention pooling beyond its cases: lengths of sequences, and errors."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_behind_the_end_counts(dtype, device):
-    # No token, one, some, all, and a length above the number of tokens that does not fit into 32 bits.
+    # Lengths: no token, one, some, all 17, and a number above 17 that does not fit into 32 bits.
     seqlens = torch.tensor([0, 1, 9, 17, 2**63 - 1], device=device)
     call = call_at("attention_pool", PoolShape(5, 3, 17, 24), device, dtype, seqlens=seqlens)
     call.inputs["tokens"][2, 9:] = float("inf")

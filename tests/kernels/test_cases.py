@@ -19,16 +19,18 @@ NAMES = [name for name, dtype in TORCH_DTYPES.items() if dtype in DTYPES]
 # The tests check a case on a CPU if the reference's largest tensor has at most this many elements. "clipfast verify"
 # checks larger cases too.
 MOST_ELEMENTS = 2**13 if INTERPRET else 2**20
-# PyTorch's own float16, beside which errors are measured, takes a CPU seconds. The ops' paths compute it as bfloat16.
+# The limit for float16 on a CPU, where PyTorch's own float16, whose error is the yardstick, takes seconds for larger
+# cases. In bfloat16, a CPU checks cases up to MOST_ELEMENTS.
 MOST_HALF_ELEMENTS = 2**17
 
 
 def is_slow(case: Case, dtype: str) -> bool:
     """Return whether only ``--slow`` checks a case on the leg of this process.
 
-    The interpreter would take minutes for all. Every run leaves out what other tests hold: the cases that the sanitizer
-    and ``test_case_of_several_tiles`` run, layouts (``test_offsets_beyond_32_bits`` gives each input strides of its
-    own), and float16 but for extreme values, since ``test_case_of_several_tiles`` has that dtype.
+    The interpreter would take minutes for all cases. Without ``--slow`` it leaves out those that other tests cover: the
+    cases that the sanitizer and ``test_case_of_several_tiles`` run; layouts, since ``test_offsets_beyond_32_bits``
+    gives each input strides of its own; and float16 except for extreme values, since ``test_case_of_several_tiles``
+    runs in float16.
     """
     if not INTERPRET:
         is_half = LEG == "cpu" and dtype == "float16" and case.check != EXTREME

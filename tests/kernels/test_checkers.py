@@ -32,7 +32,8 @@ def test_an_error_of_two_percent_fails(dtype):
 
 
 def test_constant_bias_fails():
-    # The error of each value is within the yardstick's largest error, but their root mean square is not.
+    # The error of each value is within the largest error of PyTorch's result (the yardstick), but the root mean square
+    # of the errors is too large.
     truth = torch.randn(10000, dtype=torch.float64)
     yardstick = truth.float()
     yardstick[0] += 1e-4

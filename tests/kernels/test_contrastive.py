@@ -46,7 +46,8 @@ def features_of(inputs):
     return [name for name, x in inputs.items() if x.ndim == 2]
 
 
-# Rows, columns and offset of the pairs. The last one has no pairs, like the texts of another process.
+# Rows and columns of the logits, and the offset of the pairs. The last case has no pairs, like the logits of one
+# process's images with the texts of another process.
 RECTANGLES = [(5, 9, 2), (70, 133, 60), (133, 70, -40), (1, 6, 5), (0, 4, 1), (67, 70, -67)]
 NUMBERS = {"contrastive_loss": {"logit_scale": 30.0}, "sigmoid_loss": {"logit_scale": 10.0, "logit_bias": -3.0}}
 
@@ -178,7 +179,8 @@ def test_zero_rows_when_normalized(device):
 
 @pytest.mark.parametrize("cosine", [-1.0, -0.5, 0.0, 1.0])
 def test_any_cosine_at_scale_100(cosine, device):
-    # All images are equal, and all texts are equal. At a cosine of -1, every term with the shared shift underflows.
+    # All images are equal, and all texts are equal. At a cosine of -1, every exponential with the shared shift of the
+    # softmax underflows.
     call = call_of("contrastive_loss", device, pairs=40, embed_dim=16, scale=100.0)
     for name, components in (("image", [1.0, 0.0]), ("text", [cosine, (1 - cosine**2) ** 0.5])):
         call.inputs[name].zero_()[:, :2] = torch.tensor(components)
@@ -241,7 +243,7 @@ def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
         limit = {"value": 1e-6, "d_logit_scale": number, "d_logit_bias": number}.get(name, gradient)
         assert error <= (8 * limit if name.endswith(" row") else limit), f"{name}: relative error {error:.1e}"
     if LEG != "cpu":
-        # The rounding of the logits' gradient to 16 bits must show. Otherwise this was not the kernels' path.
+        # The rounding of the logits' gradient to 16 bits must show. Otherwise the kernels have not run.
         assert found[first] > 1e-6
 
 
@@ -313,7 +315,7 @@ class TestWhole:
 
     @pytest.fixture(autouse=True)
     def as_a_whole(self, monkeypatch, in_blocks):
-        """Let the contrastive loss compute all logits of a small batch at once again."""
+        """Let the contrastive loss compute all logits of a small batch at once, which ``in_blocks`` prevents."""
         monkeypatch.setattr(small_batch, "MOST_LOGITS", 2**20)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

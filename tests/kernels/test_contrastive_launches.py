@@ -27,7 +27,7 @@ def edges_of(rows, cols, width, most=16384, tiles=WIDE):
     return block_edges(rows, cols, width, 2, most, H100, tiles, tiles)
 
 
-# Pairs, width, and the most megabytes beyond the inputs, gradients included.
+# Pairs, width of the features, and the most megabytes that the loss may take beyond its inputs, gradients included.
 @pytest.mark.parametrize(("pairs", "width", "limit"), [(32768, 512, 190), (32768, 768, 265), (65536, 768, 465)])
 def test_blocks_are_whole_waves_and_small(pairs, width, limit):
     rows, cols = edges_of(pairs, pairs, width)
@@ -53,7 +53,7 @@ def test_edges_of_any_size(rows, cols, width, tiles):
 
 @pytest.mark.parametrize("width", [64, 384, 512, 640, 768])
 def test_products_compute_no_columns_for_nothing(width):
-    # 8,192 pairs have several blocks of G, which their products walk.
+    # With 8,192 pairs, the gradient G of the logits has several blocks, and _products_kernel multiplies each of them.
     with record_launches(90) as launches:
         x = torch.empty(8192, width, dtype=torch.bfloat16, requires_grad=True)
         contrastive_loss(x, x, 10.0).backward()
@@ -85,7 +85,7 @@ biased_loss = functools.partial(sigmoid_loss, logit_bias=torch.tensor(-5.0))
 
 
 def backward_of(image, text):
-    """Return the launches of the loss and its gradients on sm_90."""
+    """Return the launches of the contrastive loss and its gradients on sm_90."""
     leaves = [x.requires_grad_() for x in (image, text)]
     with record_launches(90) as launches:
         contrastive_loss(*leaves, 10.0).backward()
@@ -137,12 +137,12 @@ def test_other_ops_do_not_grow_with_the_number_of_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("loss", "needs_grad", "count"),
     [
-        # one block of G
+        # The gradient of the logits is a single block.
         (contrastive_loss, True, 6),
         (functools.partial(contrastive_loss, normalize=True), True, 8),
         (biased_loss, True, 5),
         (functools.partial(biased_loss, normalize=True), True, 6),
-        # statistics of several blocks
+        # Without gradients, a loss computes only its statistics, here in several blocks.
         (nt_xent_loss, False, 9),
         (functools.partial(nt_xent_loss, normalize=False), False, 8),
         (functools.partial(info_nce_loss, negatives=features(300, 64), in_batch=False), False, 4),

@@ -1,5 +1,5 @@
-"""Test that the loss of a batch spread over processes has the values and gradients of one process, in the same bits
-each time.
+"""Test that the contrastive loss of a batch spread over processes has the values and gradients of one process, with
+equal bits in every call.
 """
 
 import functools
@@ -25,10 +25,11 @@ from .conftest import Recorded, call_at, leaves_of
 
 MODES = ("gather", "ring", "scalars")
 DIM = 24
-# The rows of each rank: equally many, a single one, or none. The interpreter computes two ranks' batches.
+# The pairs of each rank: equally many, a single one, or none. The interpreter is slow, so it computes one case of two
+# ranks.
 SIZES = {2: [(1, 7)]} if INTERPRET else {2: [(5, 5), (0, 6)], 4: [(3, 3, 3, 3), (9, 1, 4, 2)]}
-# The scale decides where the shared shift is used: on all ranks, on none, on some. The last kind has features that are
-# not unit rows.
+# The scale decides which ranks use one shift for all rows of the softmax: all ("shared"), none ("online"), or some
+# ("mixed"). The features of "normalized" do not have unit length.
 KINDS = {"shared": 20.0, "online": 1e4, "mixed": 100.0, "normalized": 20.0}
 ONE = torch.tensor(1.0)
 
@@ -50,7 +51,7 @@ class Case(NamedTuple):
 
     @property
     def limit(self):
-        """Return the largest relative error of the distributed loss, of which a large logit's rounding is a part."""
+        """Return the relative error that the distributed loss may have: in float32, it grows with the logits."""
         return 1e-12 if self.dtype == torch.float64 else 1e-6 if KINDS[self.kind] < 100 else 2e-7 * KINDS[self.kind]
 
 
@@ -239,8 +240,8 @@ def test_ways_to_use_it(tmp_path):
     by_rank = value_and_grads(functools.partial(weighted, case.sizes), whole, ONE) | {"value": expected["value"]}
     wide = 3 * 64 * 4096
     for rank in ranks:
-        # The largest tensor holds the rank's own features in the ring, and in other modes those of all ranks, of which
-        # "scalars" gathers both sides at once.
+        # In mode "ring" the largest tensor holds the rank's own features of one side; in "gather", the features of one
+        # side of all ranks; and in "scalars", those of both sides.
         assert rank["largest"] == {"ring": wide // 3, "gather": wide, "scalars": 2 * wide}
         for pattern, text in zip(REFUSED, rank["refused"], strict=True):
             assert re.match(pattern, text), (pattern, text)

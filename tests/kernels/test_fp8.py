@@ -216,7 +216,7 @@ def test_registered_ops():
 
 
 def bits(rows):
-    """Return the bits of values and scales of rows in 8 bits, in which NaN has one code."""
+    """Return the bits of values and scales of rows in 8 bits, with 255 for every code of NaN."""
     return torch.where(rows.values.float().isnan(), 255, rows.values.view(torch.uint8)).cpu(), rows.scale.cpu()
 
 
@@ -289,7 +289,7 @@ def test_the_norm_and_the_activations_round_once_from_float32(shape, device):
         gradients = [torch.autograd.grad(rows.dequantize().float().sum(), x)[0] for rows in (found, expected)]
         torch.testing.assert_close(*gradients)
         torch.testing.assert_close(found.scale, expected.scale)
-        # An error of the last digits in float32 may turn a tie.
+        # An error in the last digits of float32 may round a number that lies halfway between two 8-bit ones otherwise.
         assert (found.values.float() != expected.values.float()).double().mean() <= 0.01
 
 
@@ -319,7 +319,7 @@ def test_gradients_bring_their_rows_in_8_bits(shape, device):
 
 def test_a_gradient_that_a_hook_changes_without_a_trace_is_rounded_after_it():
     def triple(grad):
-        """Change a gradient without a change of the counter that PyTorch keeps of it."""
+        """Change a gradient through ``.data``, so that PyTorch's counter of the tensor's changes stays as it is."""
         grad.data.mul_(3)
 
     x, w, b, dy = operands()

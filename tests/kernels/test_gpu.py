@@ -1,4 +1,4 @@
-"""Promises that only a GPU can show: no host sync, CUDA graphs, and the same bits from many programs at once."""
+"""Test what only a GPU can show: no host sync, CUDA graphs, and the same bits from many programs at once."""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""Test that a call whose layout is known is computed, refused, and seen by modes and profilers, as a first call is."""
+"""Test later calls of an op with a layout that it knows: modes and profilers see them, they compute what a first call
+computes, and wrong arguments are refused.
+"""
 
 import gc
 import weakref
@@ -30,7 +32,7 @@ class Functions(TorchFunctionMode):
 
 
 def known(name, device="cpu"):
-    """Return a call of an op whose layouts are known, with gradients and without."""
+    """Return a call of an op that has run twice with gradients and twice without, so that its layouts are known."""
     call = call_of(name, device)
     for _ in range(2):
         call.results()
@@ -125,7 +127,7 @@ def test_the_dtype_of_autocast_may_change():
 
 
 def test_a_hook_that_moves_saved_tensors_is_refused():
-    """A kernel takes addresses, so the memory of another device would be read as its own."""
+    """A kernel takes addresses of tensors, so it would read an address of another device as one of its own device."""
     x, weight, bias = torch.randn(3, 8, requires_grad=True), torch.randn(8), torch.randn(8)
     layer_norm(x, weight, bias).sum().backward()
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved.to("meta")):
@@ -142,7 +144,7 @@ def test_addresses_are_those_of_the_tensors(shape, options, with_bias, monkeypat
     at, seen = [], []
 
     def started(start, *tensors):
-        """Start a kernel that a test of known calls watches, and note the addresses of its tensors."""
+        """Note the addresses of a kernel's tensors instead of starting it."""
         seen.append(tuple(0 if x is None else x.data_ptr() for x in tensors))
 
     monkeypatch.setattr(Start, "at", lambda start, *addresses: at.append(addresses))
@@ -158,7 +160,7 @@ def test_addresses_are_those_of_the_tensors(shape, options, with_bias, monkeypat
 
 
 def test_heads_that_are_far_apart_are_copied():
-    """The kernels compute an offset between heads in 32 bits."""
+    """The attention kernels compute an offset between heads in 32 bits, so strides may not exceed these."""
     near = torch.empty_strided((1, 1, 2, 1), (0, 0, 2**31 - 1, 1), device="meta")
     far = torch.empty_strided((1, 1, 2, 1), (0, 0, 2**31, 1), device="meta")
     assert calls._have_near_heads(near)
@@ -166,7 +168,7 @@ def test_heads_that_are_far_apart_are_copied():
 
 
 def test_an_odd_address_is_left_to_triton():
-    """A kernel that was compiled for multiples of 16 bytes would read past the beginning of such a tensor."""
+    """A kernel compiled for addresses that are multiples of 16 would read other memory at an address that is none."""
     start, started = Start(SimpleNamespace(may_start=lambda: True, index=0, stream_of=lambda index: 7)), []
     start._ready = Compiled(lambda *args: started.append(args), None)
     assert not start.at(32, 0, 24)

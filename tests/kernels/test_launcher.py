@@ -26,8 +26,8 @@ needs_gcc = pytest.mark.skipif(
 )
 
 SNAPSHOT = Path(__file__).with_name("launches.json")
-# The dtype and the cases that every run launches, by architecture: one without tensor maps, one with them, and one
-# with the entries of consumer GPUs.
+# The dtype and the kinds of cases that every run launches, by architecture: sm_80 has no tensor maps, sm_90 has them,
+# and sm_120 has the tuned configurations of consumer GPUs.
 QUICK = {80: ("bf16", ["shipped"]), 90: ("bf16", ["shipped", "quick", "captured"]), 120: ("fp32", ["quick"])}
 LEAST = {"quick": 500, "odd": 5000, "captured": 100}
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-# The first lines make the inputs and load all libraries. A peak is the memory of one call beyond that before the call.
+# A program that prints for each of some calls of ops by how many MiB the memory rose above that before the call. Its
+# ``setup`` makes the inputs and loads all libraries first, so that neither counts.
 PEAKS = """
 import re, torch
 from torch.nn.functional import normalize

@@ -1,10 +1,10 @@
 """Compile every shipped configuration for GPUs that need not be present, and check the compiled kernels.
 
-They must not spill, they must keep the limits and use the tensor cores, and the assembler must not warn of them.
-``resources.json`` holds the resources of the compiled kernels for each version of Triton, so that a change is visible
-in a diff. ``pytest tests/kernels/test_offline.py --slow --update-resources`` writes the entries of the installed
-version. Every run compiles bfloat16 for sm_80 and sm_90. After a change of a kernel, ``--slow`` compiles the other
-dtypes and architectures as well.
+The kernels must not spill registers, must fit into the memory of a multiprocessor and must use the tensor cores, and
+the assembler must not warn of them. ``resources.json`` holds the resources of the compiled kernels for each version of
+Triton, so that a change is visible in a diff. ``pytest tests/kernels/test_offline.py --slow --update-resources`` writes
+the entries of the installed version. Every run compiles bfloat16 for sm_80 and sm_90. After a change of a kernel,
+``--slow`` compiles the other dtypes and architectures as well.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def committed() -> shipped.Snapshot:
 
 
 def compare(request, arch, case, found):
-    """Compare a shipped case's compiled resources with the snapshot, or update them there."""
+    """Compare a shipped case's compiled resources with the snapshot; ``--update-resources`` writes them into it."""
     if request.config.getoption("--update-resources"):
         with SNAPSHOT.open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # other test workers write the file too
@@ -194,7 +194,7 @@ def _product_kernel(x_ptr, y_ptr, out_ptr, K, DIM: tl.constexpr, STEP: tl.conste
 
 
 def product(stages: int) -> Any:
-    """Return the product kernel as compiled offline with this number of stages."""
+    """Return the kernel that multiplies two matrices, compiled offline for sm_90 with this number of stages."""
     x, out = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
     args = {"x_ptr": x, "y_ptr": x, "out_ptr": out, "K": 1024}
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}

@@ -45,7 +45,7 @@ def test_splits_add_up(keep, triton_device, monkeypatch):
 @pytest.mark.parametrize("layout", ["", "hwc", "transposed", "sliced", "offset", EXPANDED])
 def test_patches_that_are_laid_out(layout, interpreted, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", 90)
-    monkeypatch.setattr(matrix, "GROUP_BYTES", 1000)  # an image is a group
+    monkeypatch.setattr(matrix, "GROUP_BYTES", 1000)  # so that each image is a group of its own
     monkeypatch.setattr(launches, "forward", None)
     bytes_or_floats = [{}, {"uint8": False, "keep": 4}]
     for kind in bytes_or_floats[: 2 if layout in ("", "sliced") else 1]:
@@ -62,7 +62,8 @@ def test_tiles_of_an_h100(interpreted, monkeypatch):
 class TestSanitized:
     @pytest.mark.parametrize("shape", [(3, 16, 24, 8, 24), (2, 21, 35, 7, 40, True, 3)], ids=str)
     def test_gradient_of_patches_that_are_laid_out(self, shape, sanitizer, monkeypatch):
-        # ttsem checks loads through descriptors but not stores, so the test above interprets the kernel for the tokens.
+        # The sanitizer ttsem does not check stores through descriptors, so test_patches_that_are_laid_out interprets
+        # the kernel for the tokens instead.
         monkeypatch.setattr(launch, "CPU_ARCH", 90)
         call = call_at("patch_embed", PatchShape(*shape), "cpu", torch.bfloat16)
         images, weight, *_, keep = (*call.inputs.values(), None)[:5]
@@ -140,7 +141,8 @@ def test_autocast_of_kept_patches(native):
 
 
 def test_bytes_are_rounded_less_than_normalised_pixels(native):
-    # Under autocast, PyTorch rounds normalised pixels and weights. Ours has exact bytes and rounds the weights only.
+    # Under autocast, PyTorch rounds normalised pixels and weights to bfloat16. The op of clipfast takes the exact bytes
+    # and rounds the weights only.
     op, expected, inputs, (grad,) = call_at("patch_embed", PatchShape(4, 28, 42, 14, 96), native)
     for name in ("class_embedding", "positional_embedding"):
         inputs[name] *= 0

@@ -26,7 +26,8 @@ def one_by_one(patches, grids, weight, positional_embedding, *, bias, prefix, in
     tokens, start = [], 0
     for height, width in grids.tolist():
         size = (max(height, width),) * 2 if keep_aspect else (height, width)
-        # The images are laid on their sides, as PyTorch 2.13 resizes to a width of 1 by the first row alone on a CPU.
+        # Height and width are exchanged, because on a CPU PyTorch 2.13 resizes a table of positions to a width of 1
+        # from its first row alone.
         table = positional_embedding.permute(2, 1, 0)[None]
         positions = F.interpolate(table, size[::-1], mode=interpolation, antialias=True)[0, :, :width, :height].mT
         own = patches[start : start + height * width]
@@ -113,8 +114,8 @@ def test_the_rows_of_wrong_sizes_are_those_of_no_patch():
         ([0, 6, 12, 18], [9, 9]),
         ([0, 6, 12, 18], [-3, 5]),
         ([0, 6, 12, 18], [2**30, 2**30]),
-        ([0, 0, 0, 18], [2, 8]),  # here an image's patches would begin before the first row
-        ([0, 6, 12, 22], [2, 4]),  # and here they would end after the last row
+        ([0, 0, 0, 18], [2, 8]),  # the patches of an image would begin before the first row
+        ([0, 6, 12, 22], [2, 4]),  # the patches of an image would end after the last row
     ],
 )
 def test_sizes_that_do_not_fit_read_nothing_outside(ends, grid, sanitizer):

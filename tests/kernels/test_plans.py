@@ -1,4 +1,6 @@
-"""Test that the plans of launches, which are made once for each layout, are those of the call and of the tables."""
+"""Test the plans of launches, which an op makes once for each layout of its inputs: each fits the call and the tables
+of configurations.
+"""
 
 import dataclasses
 import threading

@@ -36,7 +36,7 @@ def again(x):
 def check(calls):
     """Run opcheck on registered ops; the arguments of a backward op require no gradient."""
     for op, arguments in calls:
-        if "fp8" in op.name() or "quantize" in op.name():  # the other tests of opcheck add up results, also in 8 bits
+        if "fp8" in op.name() or "quantize" in op.name():  # opcheck's other tests add up results, which fails in 8 bits
             torch.library.opcheck(op, tuple(map(again, arguments)), test_utils=("test_faketensor",))
         elif "bwd" in op.name() or INTERPRET:  # registration does not depend on the implementation that runs
             detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -55,7 +55,7 @@ def test_registered_ops(name, device):
 
 @each_gradient
 def test_gradient_of_each_input_alone(name, device):
-    # With frozen parameters, a gradient that is not needed may be left out. The others must stay the same.
+    # An op may leave out the gradient of a frozen parameter. The other gradients must stay the same.
     call = call_of(name, device)
     expected = call.results()
     for wanted, x in call.inputs.items():
@@ -77,7 +77,7 @@ def test_an_eager_call_computes_what_the_registered_op_computes(name, device):
 
 @each_call
 def test_values_that_the_memory_does_not_hold(name, device):
-    """The imaginary part of a conjugate has the memory of the original: PyTorch has to turn its sign."""
+    """The imaginary part of a conjugate is a view of the original memory, whose sign PyTorch turns when it is read."""
     call = call_of(name, device)
     negated = {key: torch.complex(x, -x).conj().imag for key, x in call.inputs.items() if x.is_floating_point()}
     assert all(x.is_neg() for x in negated.values())
@@ -89,7 +89,7 @@ def test_values_that_the_memory_does_not_hold(name, device):
 
 @each_gradient
 def test_a_call_is_recomputed_under_a_mode(name, native):
-    """A profiler or a mode may see only the recomputation: both ways must save the same tensors."""
+    """A mode may see only the recomputation of a checkpointed call, so calls save equal tensors with and without one."""
     function, tensors = split(call_of(name, native))
     leaves = [x.requires_grad_() for x in tensors]
     expected = torch.autograd.grad(function(*leaves).sum(), leaves)
@@ -200,7 +200,7 @@ def test_inputs_stay_as_they_were_and_the_graph_can_be_used_twice(name, device):
 @each_call
 def test_indices_of_32_bits(name, device):
     call = call_of(name, device)
-    # text_image takes 64 bits only
+    # The input text_image of retrieval_ranks takes int64 only.
     small = {key: x.int() for key, x in call.inputs.items() if x.dtype == torch.int64 and key != "text_image"}
     if small:
         torch.testing.assert_close(call.results(**small), call.results(), rtol=0, atol=0)
@@ -216,7 +216,7 @@ def test_autocast_takes_operands_down(name, native):
     # Autocast converts only the operands, so the results equal those for 16-bit operands without autocast.
     assert all(map(torch.equal, inside, tuple_of(call.op(**half))))
     if call.grads:
-        # A loss stays in float32, and an op without a product takes its stream as it is.
+        # A loss stays in float32, and an op without a matrix product keeps the dtype of its input.
         dtype = torch.bfloat16 if spec.follows_autocast else torch.float32
         assert all(value.dtype == dtype for value in values)
         sum(value.float().sum() for value in values).backward()

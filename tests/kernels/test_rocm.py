@@ -1,6 +1,6 @@
-"""GPUs of AMD: every shipped call compiles for an MI300 (gfx942), and a fake one is handled as a real one would be.
+"""Test the support of AMD's GPUs: every shipped call compiles for an MI300 (gfx942), and a fake MI300 is recognised.
 
-No such card has run the kernels. Every run compiles one case of each op; ``--slow`` compiles all of them.
+The kernels have never run on an MI300. Every run compiles one case of each op; ``--slow`` compiles all cases.
 """
 
 from types import SimpleNamespace

@@ -61,7 +61,7 @@ def test_rows_that_do_not_lie_evenly_apart(layout, kind, device):
 
 @pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float32", "float16")], ids=str)
 def test_a_stream_of_another_dtype(dtypes, device):
-    # autocast gives x 16 bits; the stream that it is added to may be float32
+    # Autocast gives x 16 bits; the residual stream that x is added to may be float32.
     of_x, of_stream = (getattr(torch, name) for name in dtypes)
     added = call("residual", (19, 72), device, of_x)
     added.inputs["residual"] = added.inputs["residual"].to(of_stream)
@@ -91,7 +91,7 @@ def test_one_of_two_results(used, device):
         norm(**leaves)[used].backward(grads[used])
         return {name: leaf.grad for name, leaf in leaves.items()}
 
-    # the stream does not depend on the parameters
+    # The second result, the residual stream, does not depend on weight and bias, so these have no gradient from it.
     torch.testing.assert_close(gradients(op), gradients(reference))
 
 

@@ -1,4 +1,6 @@
-"""Test the products of strips, few rows of logits and many columns, and the choice of the mode of the loss."""
+"""Test the products of strips, which are few rows of logits with many columns, and the choice of the distributed
+loss's mode.
+"""
 
 import functools
 import itertools
@@ -15,7 +17,7 @@ from clipfast.kernels.contrastive.stats import Normalizers
 
 
 def gradients(x, y, acc_x, **options):
-    """Return G y, G^T x and the sums for the scale of a strip, on the accumulator ``acc_x`` of the rows."""
+    """Return the gradients G y, added to the accumulator ``acc_x``, and G^T x of a strip, with G of its logits."""
     row, col = (0.01 * torch.rand(2, len(side), generator=torch.Generator().manual_seed(1)) for side in (x, y))
     normalizers = Normalizers(row, col, torch.ones((), dtype=torch.int8))
     acc_y = torch.full(y.shape, torch.nan) if options else torch.zeros(y.shape)
@@ -27,7 +29,8 @@ def gradients(x, y, acc_x, **options):
 @pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.float16)], ids=str)
 @pytest.mark.parametrize(("rows", "cols"), [(37, 150), (90, 70)], ids=["one block of rows", "several"])
 def test_parts_add_up(rows, cols, arch, dtype, monkeypatch, interpreted):
-    # Parts of 96 rows or more, whose tiles have 16 rows; new accumulators hold NaN, which no sum may keep.
+    # Each of three parts of the columns has an accumulator of 96 rows, a multiple of a tile's 16. New accumulators hold
+    # NaN, which no sum may keep.
     monkeypatch.setattr(launch, "CPU_ARCH", arch)
     x, y = (F.normalize(torch.randn(count, 40), dim=-1).to(dtype) for count in (rows, cols))
     expected = gradients(x, y, torch.zeros(rows, 40))
@@ -41,14 +44,14 @@ def test_parts_add_up(rows, cols, arch, dtype, monkeypatch, interpreted):
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 37), (37, 0)])
 def test_new_accumulators_are_zero_without_logits(rows, cols, interpreted):
-    # As where a rank of the loss of all ranks has no pairs: others add what it sends.
+    # A rank of the distributed loss may have no pairs. Other ranks add the accumulators that it sends.
     x, y = torch.empty(rows, 40), torch.empty(cols, 40)
     for acc in gradients(x, y, torch.full((rows, 40), torch.nan), is_new_x=True, is_new_y=True):
         assert not acc.any()
 
 
 def test_a_strip_fills_the_gpu():
-    # The products of 256 rows have four tiles; 132 multiprocessors take a part of the columns each.
+    # The products of 256 rows have only four tiles, so the columns are divided into parts for 132 multiprocessors.
     layout = functools.partial(launches.Layout, torch.device("cpu"), torch.bfloat16, d=512, offset=0, stride_x=512)
     with launch.record_launches(90, 132):
         parts, height = strips.parts_of(layout(m=256, n=8192, stride_y=512), 256, has_y=False)
@@ -73,7 +76,7 @@ def test_mode(sizes, width, dtype, gpus_per_node, mode):
 
 def test_the_mode_does_not_gather_more_than_fits():
     assert choose_mode([8192] * 256, 1024, torch.bfloat16) == "gather"
-    assert choose_mode([8192] * 257, 1024, torch.bfloat16) == "ring"  # whose texts take more than 4 GiB
+    assert choose_mode([8192] * 257, 1024, torch.bfloat16) == "ring"  # the texts of 257 ranks take more than 4 GiB
 
 
 def test_the_mode_of_any_sizes():

@@ -124,7 +124,7 @@ def test_autocast_reads_the_table_as_it_is(backend, native):
         x = op(**leaves, backend=backend)
     copies = [arguments for op, arguments, _ in record.calls if op is torch.ops.aten._to_copy.default]
     assert not [source for source, *_ in copies if source.shape == (11, 24)]
-    # the sum is taken in float32 and rounded once
+    # The sum of token embedding and position is taken in float32 and rounded once.
     assert torch.equal(x, expected(**inputs).to(torch.bfloat16))
     grad = grad.bfloat16()
     x.backward(grad)

@@ -17,7 +17,7 @@ def _tiles_kernel(m_ptr, n_ptr, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 def test_every_tile_has_one_program(triton_device):
-    # 17 row tiles end in a short group; one column makes a group as small as it can be.
+    # With 17 tiles of rows, the last group of 8 is short. With one tile of columns, a group is as small as it can be.
     for num_m, num_n in ((1, 8), (8, 1), (9, 3), (17, 8)):
         m, n = torch.full((2, num_m * num_n), -1, dtype=torch.int32, device=triton_device)
         _tiles_kernel[(num_m * num_n,)](m, n, num_m, num_n, GROUP_M=8)

@@ -36,7 +36,7 @@ def mixes(count):
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_sequence_has_the_results_of_a_call_of_its_own(causal, device):
     def alone(x):
-        """Compute the attention of one sequence by the reference, which the interpreter need not run."""
+        """Compute the attention of one sequence by the reference, so that no interpreted kernel runs for it."""
         return attention(x[None], HEADS, causal=causal, backend="torch")[0]
 
     for lengths in mixes(1 if INTERPRET else 12):
@@ -215,7 +215,7 @@ def pool_two(cu_seqlens):
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_cumulative_lengths_are_refused(message):
     for op, call in (("attention", attend), ("text_embed", embed), ("attention_pool", pool_two)):
-        call(pack(cumulative([5, 4]), 9))  # later calls of this layout are found without checks
+        call(pack(cumulative([5, 4]), 9))  # the op knows this layout now, and checks less in later calls
         with pytest.raises((ValueError, TypeError), match=f"{op}: cu_seqlens {message}"):
             call(WRONG[message])
 
