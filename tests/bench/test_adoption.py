@@ -126,7 +126,7 @@ def test_models_that_run_on_the_same_are_one_row():
 
 def test_the_command_writes_a_section_in_the_place_of_its_older_one(tmp_path, monkeypatch, capsys, one_thread):
     monkeypatch.setattr(table, "LIBRARIES", (library_of(nn.Linear(3, 4)),))
-    monkeypatch.setattr(places, "CPU_DTYPES", places.CPU_DTYPES)  # the command changes the dtypes
+    monkeypatch.setattr(places, "CPU_DTYPES", places.CPU_DTYPES)  # restored after the test, since the command sets it
     path = tmp_path / "table.md"
     path.write_text(
         table.fill(table.fill(table.HEAD, "## PyTorch 0\n\nkept"), f"## PyTorch {torch.__version__}\n\nold")

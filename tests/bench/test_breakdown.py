@@ -18,7 +18,7 @@ from clipfast.bench.suites import build
 from .conftest import CPU, TELEMETRY, case, smallest, validate
 
 GEMM, ATTENTION, NORM, CONVOLUTION, INPUT, LOSS, OPTIMIZER, COPIES, OTHER, DATA, HOST = CATEGORIES
-# Kernels that no step launches.
+# Kernels of retrieval_ranks and top_k, which no training step launches.
 NOT_IN_A_STEP = (
     "_own_score_kernel", "_count_ahead_kernel", "_group_maxima_kernel", "_group_scores_kernel", "_results_kernel",
 )  # fmt: skip
@@ -42,20 +42,20 @@ KERNELS = {
     OTHER: ["mystery_kernel_7"],
 }  # fmt: skip
 LAUNCHED = [
-    # The range or op around the kernel decides.
+    # The category is that of the profiler's range or of the op around the kernel.
     ("nvjet_x", (LOSS_RANGE, "aten::matmul", "aten::mm"), LOSS),
     (ELEMENTWISE, ("Optimizer.step#AdamW.step", "aten::_foreach_add_"), OPTIMIZER),
     ("ampere_sgemm", ("clipfast::contrastive_bwd", "aten::addmm"), LOSS),
     ("ampere_sgemm", ("aten::scaled_dot_product_attention", "aten::bmm"), ATTENTION),
     ("any_kernel", ("clipfast::layer_norm_fwd",), NORM),
-    # The innermost op decides, because its name is more specific than the kernel's.
+    # The category is that of the innermost op, because its name is more specific than the kernel's.
     ("void reduce_kernel", ("aten::linear", "aten::addmm"), GEMM),
     ("cutlass_gemm_relu", ("aten::linear", "aten::addmm"), GEMM),
     ("cutlass_gemm", ("aten::conv2d", "aten::cudnn_convolution"), CONVOLUTION),
     (ELEMENTWISE, ("aten::linear", "aten::to", "aten::_to_copy", "aten::copy_"), COPIES),
     (ELEMENTWISE, ("aten::addmm", "aten::copy_"), COPIES),
     ("nvjet_x", ("aten::linear", "somebody::s_linear"), GEMM),
-    # The name of a compiled kernel decides, not the op around it.
+    # The category of a kernel that torch.compile made is that of its name, not of the op around it.
     ("triton_poi_fused_gelu_1", ("CompiledFunction", "aten::mm"), NORM),
     ("mystery_kernel_7", ("aten::view", "autograd::engine::evaluate_function: FooBackward0"), OTHER),
 ]
@@ -145,7 +145,7 @@ def test_a_backward_op_belongs_where_its_forward_does():
         op(STEP_RANGE, 0, 100),
         op("aten::linear", 0, 10, sequence=4),
         op("aten::addmm", 1, 9, sequence=5),
-        op("aten::argmax", 10, 11, sequence=6),  # makes no node of the graph, so the next op has the same number
+        op("aten::argmax", 10, 11, sequence=6),  # makes no node of the graph, so the next op has its sequence number
         op(LOSS_RANGE, 20, 40),
         op("aten::mm", 20, 40, sequence=6),
         op("autograd::engine::evaluate_function: MmBackward0", 50, 70, sequence=6, forward_thread=1),
@@ -170,7 +170,7 @@ def steps_of_a_device():
                sequence=correlation, forward_thread=1),
             launch(base + 55, correlation + 2, thread=2),
             kernel("nvjet_a", base + 100, base + 200, correlation),
-            kernel("nvjet_b", base + 150, base + 250, correlation + 1),  # half of it overlaps with the kernel before
+            kernel("nvjet_b", base + 150, base + 250, correlation + 1),  # its first half overlaps with nvjet_a
             kernel("nvjet_c", base + 300, base + 330, correlation + 2),
             kernel("mystery", base + 330, base + 334),
             kernel("Memset (Device)", base + 340, base + 346, cat="gpu_memset"),
@@ -183,7 +183,7 @@ def test_time_of_a_device_counts_no_moment_twice_and_gaps_are_the_rest():
     assert microseconds(found) == pytest.approx({GEMM: 100, LOSS: 50 + 30, OTHER: 4, COPIES: 6, HOST: 400 - 190})
     assert found.unknown == (("mystery", pytest.approx(4e-6)),)
     assert (found.step_s, found.traced_s) == (400e-6, pytest.approx(500e-6))
-    # If the device was slower under the profiler, there are no gaps.
+    # If the kernels took longer under the profiler than a step without it, no time is left for gaps between kernels.
     slower = of_device(steps_of_a_device(), seconds=100e-6)
     assert HOST not in microseconds(slower)
     assert slower.step_s == pytest.approx(190e-6)
@@ -214,7 +214,7 @@ def test_a_step_on_a_cpu_is_told_apart(name):
     assert sum(found.seconds.values()) == pytest.approx(found.step_s)
     assert found.step_s == pytest.approx(found.traced_s)
     assert {category for category in CATEGORIES if not found.seconds[category]} == {CONVOLUTION, OTHER, DATA}
-    assert found.unknown == ()  # every op of a step has a rule
+    assert found.unknown == ()  # a rule gives each op of a training step a category
 
 
 def test_a_breakdown_is_written_and_printed():

@@ -60,7 +60,7 @@ def test_what_a_case_has_made_is_gone_before_the_next(run_session):
     "fault",
     [
         {"inputs": mock.Mock(side_effect=FULL)},
-        {"inputs": mock.Mock(side_effect=[{"x": torch.ones(8)}, FULL])},  # the inputs of the gate fit
+        {"inputs": mock.Mock(side_effect=[{"x": torch.ones(8)}, FULL])},  # the inputs of the gate fit, the next do not
         {"reference": mock.Mock(double, side_effect=FULL)},
     ],
     ids=["gate", "sets", "reference"],

@@ -51,7 +51,7 @@ def test_steps_that_fail_or_hang_do_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE_S", 2.0)
     todo = [
         step("fails", "raise SystemExit(3)"),
-        # This step starts a child process that ignores interrupts. It must not outlive the step.
+        # This step starts a child process that ignores interrupts. The child must not outlive the step.
         step("hangs", HANGS.format(late=LATE, path=str(tmp_path / "late")), seconds=5.0),
         gpu.Step("tool", ["no-such-tool-anywhere"], 20),
         step("asks", "import os; print('got', os.environ['MINE'])", environment={"MINE": "yes"}),
@@ -95,7 +95,7 @@ sys.exit(gpu.run_steps(todo, Path({str(tmp_path)!r}), dict(os.environ)))
 
 
 def test_every_part_ends_in_time_and_its_options_exist(tmp_path, capsys):
-    # A step that only prints a usage message is found here, without a GPU.
+    # A step with options that its command does not know would only print a usage message on the GPU machine.
     for part in gpu.PARTS:
         total_s = gpu.HOUR_S if part == "all" else gpu.PART_S
         for stub in (False, True):
@@ -157,7 +157,7 @@ def run_beside(site, code, folder):
 
 
 def test_package_runs_from_links_alone(tmp_path):
-    # A GPU machine with PyTorch and Triton lacks only these packages.
+    # A GPU machine that is made for PyTorch and Triton lacks the packages that the code below hides.
     site = checkout.link_packages(tmp_path / "site")
     code = """
 import sys
@@ -174,8 +174,8 @@ print(clipfast.__file__, k.__file__, b.__file__)
     (site / "clipfast" / "__pycache__").mkdir(exist_ok=True)
     (site / "clipfast" / "__pycache__" / "x.pyc").touch()
     assert checkout.link_packages(site) == site
-    # Processes of tests inherit the import path of the process that started them. There, clipfast/ of a checkout comes
-    # first, which is not a complete package.
+    # tests/conftest.py puts the checkout on the import path, for the processes that tests start. The links must stay
+    # before it, since clipfast/ of a checkout is not a complete package.
     code = """
 import importlib.machinery, runpy, sys
 runpy.run_path("tests/conftest.py")
@@ -195,7 +195,7 @@ def test_a_checkout_is_never_replaced_by_links(tmp_path):
 
 def test_what_is_written_goes_elsewhere_where_the_checkout_is_read_only(tmp_path, monkeypatch):
     def read_only(site):
-        """Refuse the folder of a checkout, as if the GPU run could not write there."""
+        """Refuse to put links into the checkout, as if the GPU run could not write there."""
         if site.is_relative_to(checkout.ROOT):
             raise PermissionError(site)
         return site

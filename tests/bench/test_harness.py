@@ -60,7 +60,7 @@ def test_candidates_take_turns():
 
 def test_interval_of_the_ratio():
     rng = np.random.default_rng(1)
-    drift = 1 + np.arange(60) / 30  # both slow down together, and this must cancel in the ratio
+    drift = 1 + np.arange(60) / 30  # both candidates slow down together, which must cancel in the ratio of their times
     ours, other = drift * rng.normal(1, 0.05, 60), drift * rng.normal(1.5, 0.05, 60)
     median, low, high = ratio_interval(ours, other)
     assert low < median < high
@@ -131,7 +131,7 @@ def test_gpu_only_peers_are_listed_not_forgotten():
 
 
 def test_peak_memory_is_the_calls_own():
-    # 2048 x 2048 float32 logits are 16 MiB; the reference holds several, ours none.
+    # 2048 x 2048 float32 logits are 16 MiB. The reference holds several such matrices, and clipfast's loss none.
     pairs, logits = 2048, 2048 * 2048 * 4
     built = build("loss", {"pairs": pairs, "embed_dim": 64}, "fp32", CPU)
     by_name = {candidate.name: candidate for candidate in built.candidates}
@@ -153,7 +153,7 @@ def test_inputs_rotate_past_the_cache_and_do_not_fill_the_memory(monkeypatch):
     measure(built, Budget(seconds=0, rounds=12, min_rounds=12))
     assert len(seen) == math.ceil(3 * 100 / 32)
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 2**20)
-    for free, sets in ((10 * 32, 1 + 2), (2**30, harness.MAX_SETS)):  # memory of ten sets: a fifth of them, and one
+    for free, sets in ((10 * 32, 1 + 2), (2**30, harness.MAX_SETS)):  # in memory for ten sets: a fifth, and one more
         monkeypatch.setattr(harness, "free_bytes", lambda device, free=free: free)
         assert len(harness._input_sets(built)) == sets
 
@@ -192,8 +192,8 @@ Tokenizer.__call__ = lambda self, *args, **kwargs: time.sleep(0.02) or _call(sel
 
 
 def test_compare_measures_each_side_with_its_own_code_and_judges(tmp_path, monkeypatch, capsys):
-    # The tokenizer of the side "head" takes 20 ms longer. The difference shows only if this side's code runs, and not
-    # installed code.
+    # The tokenizer of the side "head" takes 20 ms longer. The difference shows only if each side runs its own code, and
+    # not the installed code.
     monkeypatch.setattr(compare, "TURNS", 1)
     no_roofs = f"from clipfast.bench import session; session.measure_roofs = lambda *_: {ROOFS}"
     monkeypatch.setattr(compare, "_START", compare._START.replace("main()", f"{no_roofs}\nmain()"))

@@ -1,4 +1,6 @@
-"""``bench host``: a line for each candidate with times and kernels, on CPU tensors and on the stub driver."""
+"""Test ``bench host``, which prints a line for each candidate with times and kernels, on CPU tensors and on the stub
+driver.
+"""
 
 import json
 import re
@@ -36,7 +38,7 @@ def test_ops_and_models_on_cpu_tensors(capsys, tmp_path):
     assert (forward, expected.backward_launches) == (1, 1)
     assert both == sum(vars(expected).values())
     assert op["PyTorch"][-2] == 2  # PyTorch needs two ops: the sum, and the activation
-    # Ratios to PyTorch's times, which are 1 for PyTorch itself.
+    # The second and the fourth figure are ratios to PyTorch's times, which are 1 for PyTorch itself.
     assert (op["PyTorch"][1], op["PyTorch"][3]) == (1.0, 1.0)
     for found, numbers in (op, 6), (search, 3), (step, 3), (image, 3), (text, 3):
         assert {"clipfast", "PyTorch"} <= set(found)

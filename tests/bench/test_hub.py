@@ -1,4 +1,6 @@
-"""The package for the kernels hub: loaded from its folder, also by ``kernels`` where that is installed."""
+"""Test the package of kernels for the Hugging Face hub: plain Python loads it from its folder, and so does the package
+``kernels`` if it is installed.
+"""
 
 import ast
 import importlib.metadata
@@ -120,7 +122,7 @@ def test_package_is_laid_out_as_the_hub_asks(tmp_path):
     assert 'get_kernel("org/clip", version=0' in card
     assert "`contrastive_loss`" in card
     assert (tmp_path / "package" / "benchmarks" / "benchmark.py").exists()
-    hub.lay_out(tmp_path / "package", "org/clip")  # a second time
+    hub.lay_out(tmp_path / "package", "org/clip")  # an earlier package is replaced
 
 
 @pytest.mark.parametrize(("repo", "message"), [("clip", "ORG/NAME"), ("org/clip", "holds no earlier package")])

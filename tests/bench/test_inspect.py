@@ -58,7 +58,7 @@ def reports():
         (90, 32, 4, {"shared_bytes": 115712}, 2, "shared"),
         (90, 32, 4, {"shared_bytes": 115713}, 1, "shared"),
         (100, 64, 4, {"tmem_columns": 256}, 2, "tmem"),
-        (100, 64, 4, {"tmem_columns": 257}, 1, "tmem"),  # allocated in powers of two
+        (100, 64, 4, {"tmem_columns": 257}, 1, "tmem"),  # columns of tensor memory are allocated in powers of two
         (100, 64, 4, {"tmem_columns": 576}, 0, "tmem"),
     ],
 )
@@ -77,14 +77,15 @@ def product(config: configs.GemmConfig) -> inspect.Report:
 
 def test_rank_orders_what_is_known():
     clean = product(configs.GemmConfig(128, 128, 64, num_warps=8, num_stages=3))
-    # wgmma needs 64 rows. 128 x 256 scores do not fit into the registers of one warpgroup.
+    # Tiles of 32 rows are too small for wgmma, which needs 64. 128 x 256 scores do not fit into the registers of one
+    # warpgroup.
     narrow = product(configs.GemmConfig(32, 128, 64, num_warps=4, num_stages=3))
     spilling = product(configs.GemmConfig(128, 256, 64, num_warps=4, num_stages=3))
     assert (clean.problems, clean.mma) == ((), ("HGMMA.64x128x16.F32.BF16",))
     assert narrow.problems == ("multiplies with mma.sync, expected wgmma.mma_async",)
     assert spilling.problems[0].startswith("spills")
     assert min((narrow, spilling, clean), key=lambda report: report.rank) is clean
-    # The predicted time of the narrow tile is longer as well.
+    # The predicted time with narrow tiles is longer as well.
     assert narrow.prediction.seconds > clean.prediction.seconds
     excused = dataclasses.replace(spilling, known=spilling.problems)
     assert excused.rank < spilling.rank

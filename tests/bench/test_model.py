@@ -1,7 +1,7 @@
-"""Test the model of the GPU.
+"""Test the model of a GPU that predicts the times of kernels from their machine code.
 
-Its arithmetic is compared with Python's, its paths with loops that are counted by hand, its cycles with those of small
-programs, and the FLOPs of shipped kernels with those of their tiles.
+The model's arithmetic is compared with Python's, its paths with loops that are counted by hand, its cycles with those
+of small programs, and the FLOPs of shipped kernels with those of their tiles.
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ SPILL, FILL = "STL.64 [R1+0x8], R4; ", "LDL.LU R0, [R1+0xc]"
     [
         ("ISETP.GE.OR P0, PT, R1, R2, P1", "R1=1 R2=2 P1=1", "P0=1"),
         ("ISETP.GE.AND P0, PT, R1, R2, !P1", "R1=3 R2=2 P1=1", "P0=0"),
-        # One known operand can decide the result of "and" and "or".
+        # One known operand can decide the result of "and" and "or", even if the other one is unknown.
         ("ISETP.GE.OR P0, PT, R9, R2, P1", "R2=2 P1=1", "P0=1"),
         ("ISETP.GE.AND P0, PT, R9, R2, P1", "R2=2 P1=1", "P0 unknown"),
         ("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0", "P1=1 P2=1", "P0=1"),
@@ -129,7 +129,7 @@ SPILL, FILL = "STL.64 [R1+0x8], R4; ", "LDL.LU R0, [R1+0xc]"
         (PACKED + "LOP3.LUT P5, RZ, R0, 0x1, RZ, 0xc0, !PT", "P1=1", "P5 unknown"),
         ("SEL R0, RZ, 0x20, P0; LOP3.LUT P5, RZ, R0, 0x40, RZ, 0xc0, !PT", "", "P5=0"),
         ("SEL R0, R1, R2, P0", "R1=1 R2=2 P0=0", "R0=2"),
-        # Constants are loaded as two float16 numbers.
+        # HFMA2.MMA of zeros loads a 32-bit constant, written as two float16 numbers.
         ("HFMA2.MMA R0, -RZ, RZ, 0, 5.9604644775390625e-08", "", "R0=1"),
         ("HFMA2.MMA R0, R1, R2, 0, 1", "R1=1 R2=1", "R0 unknown"),
         # Spilled registers are restored.
@@ -222,9 +222,10 @@ def marginal(lines: list[str], warps: int = 1) -> float:
         (["IADD3 R0, R1, R2, RZ", "FADD R0, R1, R2"], 8, 4),  # two pipes and two warps work in parallel
         (["SHFL.BFLY PT, R0, R1, 0x1, 0x1f"], 8, 8),  # one per cycle and multiprocessor
         (["LDS.128 R0, [R4]"], 4, 16),  # 512 bytes a warp at 128 a cycle
-        (["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 128),  # N / 2
-        (["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 20),  # N / 2 cycles
-        (["HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24"], 4, 8),
+        (["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 128),  # the product takes N / 2 cycles
+        # Both operands come from shared memory, which takes (2048 + 32 N) / 128 cycles.
+        (["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 20),
+        (["HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24"], 4, 8),  # N / 2 cycles, since A is in registers
         (["HMMA.16816.F32.BF16 R4, R8, R12, R4"], 4, 6),
     ],
 )
@@ -260,7 +261,7 @@ def test_a_load_takes_its_latency_behind_the_queue_and_other_blocks_fill_the_tim
     )
     transfer = size * H100.cycles_per_byte(H100.l2_rate)
     assert one > transfer + H100.l2_latency + H100.tma_latency
-    # Events that happen out of the order of time would keep blocks from running while another one waits.
+    # If the model handled events out of the order of time, blocks would not run while another block waits.
     assert three == pytest.approx(transfer, rel=0.06)
 
 
@@ -303,7 +304,6 @@ def test_more_programs_than_places_take_another_wave():
         return model.predict_launch(walk(1, 6000, grid=grid), model.H100, model.QUICK).seconds
 
     places = 132 * model.predict_launch(walk(1, 6000), model.H100, model.QUICK).at_once
-    # the operands take (2048 + 32 N) / 128 cycles
     assert seconds(places) > 1.1 * seconds(places // 2)
     assert 1.02 * seconds(places) < seconds(places + 1) == pytest.approx(seconds(places + 132), rel=0.02)
 
@@ -315,7 +315,7 @@ def test_where_the_kind_of_programs_changes_is_searched_for():
 
     assert runs({number: kind_of(number) for number in sample(1000, 8)}, kind_of) == [(0, 0), (64, 1), (700, 2)]
     changing = {number: number % 2 for number in range(0, 100, 9)}
-    # There are so many changes that no boundary is searched for.
+    # The kind of program changes so often that no boundary is searched for.
     assert runs(changing, pytest.fail) == list(changing.items())
 
 

@@ -1,4 +1,4 @@
-"""Test the parser of machine code on short listings; the tests of the model hold the rest."""
+"""Test the parser of machine code on short listings; test_model.py parses many other instructions."""
 
 import pytest
 

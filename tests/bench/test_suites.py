@@ -43,7 +43,7 @@ def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, w
 
     right, faulty = judged(built, built.ours, Candidate("faulty", make))
     assert right.refused is None
-    assert faulty.errors["value"] < 1e-4  # the loss alone would not show it
+    assert faulty.errors["value"] < 1e-4  # the loss alone would not show the fault
     assert f"wrong: {wrong} is off by" in faulty.refused
 
 

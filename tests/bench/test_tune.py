@@ -104,14 +104,12 @@ def test_entries_join_the_committed_table_and_what_was_measured_stays(tmp_path, 
 
 @pytest.fixture
 def tune_all(monkeypatch, tmp_path):
-    """Return a function that tunes ops without a card; the timings of each kernel are the next of the given
-    outcomes.
-    """
+    """Return a function that tunes ops without a GPU: each kernel's timings are the next of the given outcomes."""
     monkeypatch.setattr(tune, "prune", lambda *args: [tune.Ranked(OTHER, None, 0.0)])
     monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
 
     def run(*ops, outcomes, total=100.0):
-        """Tune ops without a card, with these timings, and return the exit code of the tuner."""
+        """Tune ops without a GPU, with these timings, and return the exit code of the tuner."""
         monkeypatch.setattr(tune, "measure", mock.Mock(side_effect=outcomes))
         choose = functools.partial(tune.by_timing, device=CPU, budget=Budget(3.0))
         args = argparse.Namespace(total=total, tables=tmp_path, by=tune.MEASURED)
@@ -154,7 +152,7 @@ def test_targets_are_tuned_in_the_order_in_which_they_are_named():
 
 def test_attention_is_pytorchs_from_the_least_keys_on_where_that_is_surely_faster(monkeypatch, tune_all, tmp_path):
     def measure(case, budget):
-        """Let PyTorch's attention be faster from 197 keys on, but with 77 as fast, and with a mask from 577 on."""
+        """Let PyTorch's attention be faster at 50 keys and from 197 on (with a causal mask, from 577 on)."""
         least = 577 if case.shape.get("causal") else 197
         assert [one.name for one in case.candidates] == [OURS, "SDPA"]
         return outcome(SLOW, FAST if case.shape["tokens"] >= least or case.shape["tokens"] == 50 else SLOW)
@@ -212,7 +210,7 @@ def test_every_tunable_kernel_is_launched_and_has_a_committed_entry():
                 if tunable.function not in names[dtype] or (dtype == "fp32" and tunable.kernel.endswith("_small")):
                     continue  # the tiles of float32 are small already
                 key = tune.key_of(tunable, target, dtype)
-                # Looped attention has entries of their own only for some numbers of keys.
+                # For some numbers of keys, looped attention has an entry of its own, and for others a general one.
                 general = key.split(" keys<=")[0] if tunable.kind is configs.LoopedConfig else key
                 assert key in ENTRIES or general in ENTRIES
 

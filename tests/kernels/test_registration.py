@@ -89,7 +89,7 @@ def test_values_that_the_memory_does_not_hold(name, device):
 
 @each_gradient
 def test_a_call_is_recomputed_under_a_mode(name, native):
-    """A mode may see only the recomputation of a checkpointed call, so calls save equal tensors with and without one."""
+    """A mode may see only the recomputation of a checkpointed call, so calls must save the same tensors without one."""
     function, tensors = split(call_of(name, native))
     leaves = [x.requires_grad_() for x in tensors]
     expected = torch.autograd.grad(function(*leaves).sum(), leaves)

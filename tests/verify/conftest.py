@@ -10,7 +10,9 @@ from clipfast.kernels.spec import DETERMINISM, NOT_INTERPRETED, Case, Draw, OpSp
 
 
 def small(spec: OpSpec) -> OpSpec:
-    """Return an op's specification for verification at small shapes, one with a bias, and with bitwise repeats."""
+    """Return an op's specification with small cases only: its small shapes, one of them with a bias, and a check that
+    repeated calls have equal bits.
+    """
     without = [shape for shape in spec.small if getattr(shape, "bias", None) is False]
     with_bias = [dataclasses.replace(shape, bias=True) for shape in without[:1]]
     cases = [Case(shape, "small", draws=6) for shape in (*spec.small, *with_bias)]
@@ -29,7 +31,7 @@ GRADIENTS = {
 
 @pytest.fixture(autouse=True)
 def own_plans() -> Iterator[None]:
-    """Let an op plan its calls with a planted fault, and keep these plans from other tests."""
+    """Forget planned calls of ops before and after each test, since plans hold the functions of a planted fault."""
     configs.forget_plans()
     yield
     configs.forget_plans()

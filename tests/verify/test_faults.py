@@ -1,4 +1,6 @@
-"""A fault that is planted in one op, model or curve is found and named; without it the same run passes."""
+"""Test that ``clipfast verify`` finds and names a fault that is planted in an op, a model or a curve of training, and
+passes without the fault.
+"""
 
 import dataclasses
 import functools
@@ -73,8 +75,8 @@ def gradient_off(spec, name, factor):
     return dataclasses.replace(spec, op=wrong)
 
 
-# The place where an output of an op is computed on a leg (a function of a module, or an op's implementation), and the
-# index of the output among the results. Each function has one output here; test_fault_in_each_gradient has the others.
+# By op and output: the module or registered op and its function that compute the output on the CPU, and the output's
+# index among the results. Only one output of each function is listed; test_fault_in_each_gradient has the others.
 ON_CPU = {
     ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "run", 0),
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
@@ -96,6 +98,7 @@ ON_CPU = {
     ("bias_quick_gelu", "value"): (activation, "_fwd_cpu", None),
     ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
 }
+# Like ``ON_CPU``, but for the interpreted kernels.
 INTERPRETED = {
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
     ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
@@ -145,7 +148,8 @@ def test_fault_in_the_code_of_the_leg(op, output, monkeypatch):
     configs.forget_plans()
     code, failed = failures(op)
     assert code == 1
-    # One tensor is the gradient of both inputs of a norm, and one function computes both of packed texts.
+    # The gradients of a norm's input and of its residual are one tensor, and one function computes the gradients of the
+    # token and the positional embedding for packed texts.
     also = {("layer_norm", "d_x"): "d_residual", ("text_embed", "d_token_embedding"): "d_positional_embedding"}
     expected = {(op, LEG, name) for name in (output, also.get((op, output))) if name}
     assert failed == expected if output.startswith("d_") else failed >= expected
@@ -161,8 +165,8 @@ def test_faults_in_the_interpreted_kernels():
 @pytest.mark.parametrize(("op", "output"), [(op, name) for op in GRADIENTS for name in GRADIENTS[op]])
 def test_fault_in_each_gradient(op, output, monkeypatch):
     for dtype in ("float32", "float16"):
-        # In float16, PyTorch forms the logits of a loss in the dtype of the features: its error is above one percent.
-        # So is that of rounding to 8 bits.
+        # In float16, PyTorch forms the logits of a loss in the dtype of the features, with an error above one percent.
+        # Rounding to 8 bits has an error above one percent, too.
         factor = 1.25 if op == "fp8_linear" or (dtype == "float16" and op.endswith("_loss")) else FACTOR
         monkeypatch.setitem(specs(), op, gradient_off(SMALL[op], output.removeprefix("d_"), factor))
         assert failures(op, dtype) == (1, {(op, "cpu", output)})
@@ -183,7 +187,7 @@ def test_one_wrong_rank_fails(monkeypatch):
     assert failures("retrieval_ranks") == (1, {("retrieval_ranks", "cpu", "value_2")})
 
 
-@pytest.mark.skipif(LEG != "cpu", reason="of the CPU path")
+@pytest.mark.skipif(LEG != "cpu", reason="the fault is planted in the CPU path")
 @pytest.mark.usefixtures("small_cases")
 @pytest.mark.parametrize(("output", "place"), [("value", 0), ("d_image", 1), ("d_logit_scale", 3)])
 def test_fault_in_the_loss_of_a_small_batch(output, place, monkeypatch):
@@ -265,7 +269,7 @@ def test_a_parameter_without_a_gradient_fails(monkeypatch):
         return right(qkv.detach(), *args, **kwargs) if kwargs["backend"] == "auto" else right(qkv, *args, **kwargs)
 
     monkeypatch.setattr("clipfast.models.layers.attention", detached)
-    monkeypatch.setattr("clipfast.models.transformer.whole_blocks", lambda *_: {})  # blocks call their modules
+    monkeypatch.setattr("clipfast.models.transformer.whole_blocks", lambda *_: {})  # so that blocks call their modules
     rows = verify_model("model", "ViT-T-8-32", "cpu", "float32", quick=True)
     wrong = {row.output: row.reason for row in rows if row.verdict == FAIL}
     assert wrong["d_transformer.resblocks.0.attn.in_proj_weight"] == "one side has no such output"

@@ -1,4 +1,6 @@
-"""Golden curves: equal bits on the same kind of device, a tolerance on others, and one changed rounding is found."""
+"""Test golden curves of training: bits must be equal on the same kind of device, others have a tolerance, and a single
+changed rounding is found.
+"""
 
 import json
 import os
@@ -26,12 +28,12 @@ RIGHT = norm_kernels.centred_rows
 
 @pytest.fixture
 def two_steps(monkeypatch):
-    """Let the curves have two steps."""
+    """Let golden curves have two steps of training only, so that the test is quick."""
     monkeypatch.setattr(golden, "STEPS", 2)
 
 
 def outcomes(path):
-    """Return the verdicts of a comparison with a file, and the reasons."""
+    """Return the verdicts and reasons of a comparison of new curves of training with the golden ones in a file."""
     rows = verify_golden(path, "cpu")
     assert [(row.dtype, row.output) for row in rows] == [
         (precision, output) for precision in ("float32", "amp") for output in ("loss", "gradient norm")
@@ -84,7 +86,7 @@ def test_one_other_rounding_in_an_interpreted_kernel_is_found(tmp_path, monkeypa
 
 
 @pytest.mark.long
-@pytest.mark.skipif(INTERPRET, reason="this is such a process")
+@pytest.mark.skipif(INTERPRET, reason="this process interprets kernels itself")
 def test_interpreted_kernels_in_another_process():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "interpreted_kernel_is_found"]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Checks of other people's kernels: a fault that is planted in one is found, and a mistake in a check is named."""
+"""Test checks of other people's kernels: a fault planted in a kernel is found, and a mistake in a check is named."""
 
 import functools
 import importlib.util
@@ -30,8 +30,9 @@ from clipfast.verify.sanitizer import lacks
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = Path(__file__).parent / "other_kernels.py"
 NAMES = ("SOFTMAX", "LAYER_NORM", "GELU", "MATMUL", "COLUMN_SUM")
-# By the name of the fault: the check that finds it, the text that is replaced, its replacement, and the legs that find
-# it if not both do: the interpreter runs programs one after another, and does not mind the ends of tensors.
+# By the name of the fault: the check that finds it, the text of other_kernels.py that is replaced, its replacement, and
+# the leg that finds the fault if not both do. The interpreter finds no races, since it runs programs one after another,
+# and no access beyond the end of a tensor.
 FAULTS = {
     "mask too wide": ("SOFTMAX", "offs < width", "offs <= width", SANITIZER),
     "padding with zeros": ("SOFTMAX", 'float("-inf")', "0.0"),
@@ -94,7 +95,8 @@ def texts(tmp_path_factory):
     "leg", [INTERPRETER, pytest.param(SANITIZER, marks=pytest.mark.skipif(bool(lacks()), reason=lacks()))]
 )
 def test_right_kernels_pass_and_planted_faults_are_found(texts, leg):
-    # An interpreted kernel that writes beyond a tensor may end the process, so that ttsem alone runs such faults.
+    # An interpreted kernel that writes beyond a tensor may end the process, so only the sanitizer ttsem runs the faults
+    # that the interpreter would not find.
     chosen = {name: text for name, text in texts.items() if leg == SANITIZER or SANITIZER not in FAULTS.get(name, ())}
     options = Options(others=tuple(chosen.values()), dtypes=("fp32",), legs=(leg,), device="cpu")
     verdicts = {}
@@ -337,7 +339,8 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
     assert "times the floor" in capsys.readouterr().out
 
 
-# By the file and the name of a check in others/: what it needs, a package or a variable with a folder's name.
+# By the file and the name of a check in others/: the package that it needs, or the environment variable that names the
+# folder of its kernels.
 OTHERS = {
     "liger.py:LAYER_NORM": "liger_kernel",
     "liger.py:GELU": "liger_kernel",
@@ -397,7 +400,7 @@ def test_a_fault_in_a_published_kernel_is_found(text, file, old, new, tmp_path, 
         folder, variable = Path(package.__path__[0]), "PYTHONPATH"
     copy = tmp_path / folder.name
     shutil.copytree(folder, copy)
-    before_the_fault(text, leg)  # in this test's environment, before it changes
+    before_the_fault(text, leg)  # computed and cached now, before the environment has the path of the faulty copy
     changed = tmp_path / file if variable == "PYTHONPATH" else copy / file
     assert old in changed.read_text()
     changed.write_text(changed.read_text().replace(old, new))

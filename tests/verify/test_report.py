@@ -106,7 +106,7 @@ def test_interruption_prints_what_is_there(capsys, tmp_path, one_leg, monkeypatc
     right, calls = run.timed, []
 
     def interrupted(rows, template):
-        """Return rows of the verification's report, and interrupt it at the third of them."""
+        """Run a check, or interrupt the verification at its third check."""
         calls.append(template)
         if len(calls) == 3:
             raise KeyboardInterrupt

@@ -59,11 +59,14 @@ def test_an_output_that_one_side_lacks_fails(side):
 
 
 def bad_luck(error: float):
-    """Return draws for the rule: the yardstick is exact at first and errs by 1e-5 later, ours errs by ``error``."""
+    """Return a function that draws results for the rule, and the list of its calls.
+
+    PyTorch's result, the yardstick, is exact in the first three draws and errs by 1e-5 later; ours errs by ``error``.
+    """
     counted = []
 
     def draw(number):
-        """Return ours, the yardstick and the truth of a draw for the rule, of which the first few have bad luck."""
+        """Return our result, PyTorch's and the true one; in the first draws, PyTorch's is exact by chance."""
         counted.append(number)
         truth = torch.ones(1, dtype=torch.float64)
         return {"value": (truth + error).float()}, {"value": (truth + 1e-5 * (number > 2)).float()}, {"value": truth}
@@ -73,7 +76,7 @@ def bad_luck(error: float):
 
 @pytest.mark.parametrize(
     ("error", "passes", "draws"),
-    # The last error is beyond chance, so no further draws are judged.
+    # The error of the last case is too large to be chance, so no further draws are judged.
     [(1e-5, True, 32), (3e-5, False, 32), (1e-2, False, 3)],
 )
 def test_bad_luck_is_judged_over_more_draws_and_a_fault_stays_one(error, passes, draws):
@@ -93,7 +96,7 @@ def test_forgotten_memory_is_nan():
 
 
 def float32_settings():
-    """Return PyTorch's new and old settings for float32: PyTorch raises an error where they disagree."""
+    """Return PyTorch's new and old settings for products in float32; PyTorch raises an error if these disagree."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     new = [setting.fp32_precision for setting in (matmul, cudnn.conv, cudnn.rnn)]
     return new, [cudnn.allow_tf32, matmul.allow_tf32]

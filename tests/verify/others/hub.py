@@ -12,7 +12,8 @@ from clipfast.kernels.spec import Floor
 from clipfast.verify import KernelCheck
 
 sys.path.insert(0, str(Path(os.environ.get("HUB_KERNELS", "kernels-community")) / "flash-attn-ops" / "torch-ext"))
-# The builder of kernels writes this module, which gives the ops of each build a namespace of its own.
+# A checkout lacks the module flash_attn_ops._ops, which the hub's build tool writes to give the ops of each build a
+# namespace of their own.
 names = types.ModuleType("flash_attn_ops._ops")
 names.add_op_namespace_prefix = lambda name: f"flash_attn_ops_checked::{name}"
 sys.modules.setdefault(names.__name__, names)

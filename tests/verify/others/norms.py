@@ -1,4 +1,4 @@
-"""The check of a layer norm, whose kernel several projects have."""
+"""A check of layer norm kernels, which the checks of several projects share."""
 
 import torch.nn.functional as F
 
@@ -7,7 +7,7 @@ from clipfast.verify import KernelCheck
 
 
 def norm_check(function, rows=37):
-    """Return the check of a layer norm, a function of x, weight and bias, which also takes ``rows`` of 64 columns."""
+    """Return the check of a layer norm ``function(x, weight, bias)``; ``rows`` is the number of rows in one shape."""
     return KernelCheck(
         function=function,
         reference=lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5),
