@@ -76,7 +76,7 @@ def test_a_command_is_needed(capsys):
 
 def test_an_interruption_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
     def interrupted(name):
-        """Raise KeyboardInterrupt in place of the import of a command of clipfast."""
+        """Raise KeyboardInterrupt in place of importing a command of clipfast, as Ctrl-C during a slow import."""
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pkgutil.resolve_name", interrupted)

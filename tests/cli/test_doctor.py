@@ -21,14 +21,14 @@ from .test_host import GIB, files
 
 
 def by_name(found) -> dict[str, Finding]:
-    """Return what ``clipfast doctor`` found by name; each problem must have a fix."""
+    """Return the findings of ``clipfast doctor`` by name; assert that each problem has a fix."""
     found = list(found)
     assert all(bool(finding.fix) == (finding.status != OK) for finding in found)
     return {finding.name.strip(): finding for finding in found}
 
 
 class TestGPUs:
-    """Fake GPUs, and machines without a GPU."""
+    """Checks of ``clipfast doctor`` on fake GPUs, and on machines without a GPU."""
 
     def test_gpus(self, monkeypatch):
         monkeypatch.setattr(machine, "try_kernel", lambda device: Finding("  Triton", "ran"))
@@ -73,7 +73,7 @@ class TestGPUs:
     )
     def test_the_trial_of_a_kernel(self, ours, status, monkeypatch):
         def bias_gelu(x, bias, backend):
-            """Compute the op, wrongly by its Triton kernel, so that ``clipfast doctor`` finds it."""
+            """Compute GELU, by the function ``ours`` in place of the Triton kernel that ``clipfast doctor`` tries."""
             return ours(x, bias) if backend == "triton" else torch.nn.functional.gelu(x + bias)
 
         monkeypatch.setattr("clipfast.kernels.bias_gelu", bias_gelu)
@@ -81,13 +81,13 @@ class TestGPUs:
 
 
 class TestMachine:
-    """Checks of packages, limits, variables and folders of the machine."""
+    """Checks of ``clipfast doctor``: packages, limits, environment variables and folders of the machine."""
 
     def test_missing_packages(self, monkeypatch):
         original = machine.importlib.metadata.version
 
         def version(name):
-            """Return the version of a package; ``clipfast doctor`` finds neither Triton nor tokenizers."""
+            """Return the version of a package, as if Triton and tokenizers were not installed."""
             if name in ("triton", "tokenizers"):
                 raise machine.importlib.metadata.PackageNotFoundError
             return original(name)
@@ -112,14 +112,14 @@ class TestMachine:
             "TRITON_INTERPRET": PROBLEM, "TRITON_CACHE_DIR": OK, "CLIPFAST_CACHE": OK, "CLIPFAST_CASHE": NOTE,
             "CUDA_VISIBLE_DEVICES": OK,
         }  # fmt: skip
-        # Without a finding, the command would have no table to print.
+        # clipfast doctor prints a table, so there is a finding even if no environment variable is set.
         assert [found.status for found in machine.variables({"PATH": "/x"})] == [OK]
         assert {run.VARIABLE, index.CACHE_VARIABLE, staging.MAX_BYTES_VARIABLE} <= set(machine.OURS)
 
     def test_folders(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
         assert {finding.status for finding in machine.folders(tmp_path / "runs")} == {OK}
-        assert list(tmp_path.iterdir()) == []  # no file is left behind
+        assert list(tmp_path.iterdir()) == []  # the check leaves no file behind
         (tmp_path / "runs").touch()  # a file in place of a folder
         found = by_name(machine.folders(tmp_path / "runs/new"))
         assert (found["cache"].status, found["runs"].status) == (OK, PROBLEM)
@@ -147,10 +147,10 @@ class TestMachine:
 
 
 class TestData:
-    """Checks of shards for training."""
+    """Checks of ``clipfast doctor``: shards for training."""
 
     def look(self, pattern: object, **options: object) -> dict[str, Finding]:
-        """Return what ``clipfast doctor`` finds in the data set of this pattern, by name."""
+        """Return the findings of ``clipfast doctor`` about the data set of this pattern, by name."""
         return by_name(dataset.dataset(str(pattern), options))
 
     def test_what_is_found(self, tmp_path):
@@ -181,7 +181,7 @@ class TestData:
 
     def test_other_kinds_of_data(self, tmp_path):
         write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
-        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")  # the names are not checked one by one
+        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")  # shards elsewhere are not looked up by name
         assert found["shards"].value == "1,000 elsewhere"
         assert (found["pairs"].status, "indexed" in found) == (OK, False)
         (tmp_path / "folder").mkdir()
@@ -205,7 +205,7 @@ class TestData:
         assert listed[0][:2] == ["t.tar", "damaged shard"]
         places = zip(PLACES, faults(), strict=True)
         bad = [(f"s.tar/{place:03d}", kind) for place, kind in places if kind not in ("no such field", "broken json")]
-        assert [(name, kind) for name, kind, _ in listed[1:]] == bad  # the json of the other pairs is not read
+        assert [(name, kind) for name, kind, _ in listed[1:]] == bad  # the json of pairs is not read
         assert found.status == PROBLEM
         assert found.value.startswith("8 of 261 cannot be used: 1 x ")
         monkeypatch.setattr(dataset, "cores", lambda: 1)

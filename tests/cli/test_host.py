@@ -1,4 +1,4 @@
-"""Memory limits of a process from the files of /proc and the cgroups."""
+"""The memory available to a process, from the files of /proc and of control groups (cgroups)."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ UNLIMITED_V1 = 2**63 - 4096
 
 
 def files(root: Path, content: dict[str, object]) -> Path:
-    """Write files of a fake /proc or /sys under ``root``, from which the command line learns about the machine."""
+    """Write files of a fake /proc or /sys under ``root``, from which clipfast reads the machine's memory."""
     for name, text in content.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{text}\n")

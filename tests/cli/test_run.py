@@ -1,4 +1,4 @@
-"""``python -m clipfast.run``: programs behave as without it, but with clipfast's losses in place of OpenCLIP's."""
+"""``python -m clipfast.run``: programs behave as under ``python``, but with clipfast's losses, not OpenCLIP's."""
 
 import importlib
 import importlib.util
@@ -129,7 +129,7 @@ def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
 
     def replace(module, names):
-        """Replace the ``NAME`` of a module, as ``clipfast run`` does."""
+        """Replace the attribute ``NAME`` of a module, as ``clipfast run`` replaces OpenCLIP's parts."""
         module.NAME = "ours"
         return f"replaced {names}"
 
@@ -143,7 +143,7 @@ def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, 
     hook.say_what_never_happened()
     assert capsys.readouterr().err.startswith("clipfast: replaced ['loss', 'other']\n")
     package.one.NAME = "theirs"
-    run.ImportHook(parts)  # the hook replaces parts of a module that is imported already
+    run.ImportHook(parts)  # parts of modules that are imported already are replaced, too
     assert package.one.NAME == "ours"
     for name in ("package_a", "package_a.one"):
         del sys.modules[name]
@@ -155,7 +155,7 @@ def test_a_class_with_unknown_arguments_stays(monkeypatch):
             super().__init__()
 
         def forward(self, image_features, text_features, logit_scale):
-            """Do nothing, in a later loss class of OpenCLIP that ``clipfast run`` finds."""
+            """Do nothing; a later OpenCLIP may have such a loss class, which ``clipfast run`` must not replace."""
 
     class SameLoss(LaterLoss):
         def __init__(self, cache_labels=False):
@@ -282,7 +282,7 @@ def test_open_clip_has_our_losses_and_its_models_our_parts(tmp_path):
     said = [text for text in found.stderr.splitlines() if text.startswith("clipfast: ")]
     left = "apply_to_open_clip: nothing in this RecursiveScriptModule is a module of open_clip"
     assert said == [LINE, MODEL_LINE, *3 * [TINY_LINE], f"clipfast: a RecursiveScriptModule is left as it is ({left})"]
-    of_clip = sorted(run.MODEL_PARTS.keys() - {"pack_image"})  # which is for NaFlex towers
+    of_clip = sorted(run.MODEL_PARTS.keys() - {"pack_image"})  # pack_image is for NaFlex towers
     assert found.stdout.splitlines() == 3 * [str(of_clip)] + ["[]"]
 
 
@@ -294,7 +294,7 @@ def test_a_model_that_our_code_fails_on_is_left_as_it_is(error, monkeypatch):
     carry_out, calls = apply.carry_out, []
 
     def fail_later(*args):
-        """Carry out a replacement of ``clipfast run``; the fourth fails."""
+        """Carry out a replacement of ``clipfast run``, but fail at the fourth."""
         calls.append(args)
         if len(calls) == 4:
             raise error

@@ -18,9 +18,9 @@ from ..small_runs import TINY
 from .test_run import LINE, MODEL_LINE, python, stand_in_for_pandas
 
 SHARDS = [Path(clipfast.__file__).parent / "assets" / "emoji" / f"{style}.tar.gz" for style in ("fluent", "noto")]
-# This program runs OpenCLIP's trainer for each list of options in turn, so Python and PyTorch start only once. Without
-# a buffer, OpenCLIP's loader does not shuffle; otherwise it would shuffle with a seed from the clock. OpenCLIP's
-# DistributedDataParallel names devices, which CPUs may not have. Layers of bitsandbytes need a GPU.
+# This program runs OpenCLIP's trainer for each list of options in turn, so Python and PyTorch start only once. It takes
+# away OpenCLIP's shuffle buffer, since OpenCLIP seeds its shuffle from the clock. It replaces DistributedDataParallel,
+# to which OpenCLIP gives device_ids that CPUs may not have, and the layers of bitsandbytes, which need a GPU.
 PROGRAM = """
 import json, logging, sys, types
 import open_clip, torch
@@ -71,24 +71,24 @@ def trainer_options(model, name, logs, steps=4, batch=8):
 
 
 def command(ranks):
-    """Return the arguments of Python that run the program with clipfast's parts, up to the program's own."""
+    """Return the arguments of ``python`` that run PROGRAM by ``clipfast.run``, without the program's own arguments."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [*start, "-m", "clipfast.run", "trainer"]
 
 
 def as_their_rank(rank, folder, ranks, runs):
-    """Run the program without clipfast's parts in a forked process, where OpenCLIP is imported already."""
+    """Run PROGRAM with OpenCLIP's own parts in a forked process, where OpenCLIP is imported already."""
     os.chdir(folder)
     sys.path.insert(0, folder)
     if ranks > 1:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
     sys.argv = ["trainer", runs]
-    with mock.patch.object(torch.distributed, "init_process_group"):  # the group exists
+    with mock.patch.object(torch.distributed, "init_process_group"):  # the process group of the ranks exists
         runpy.run_path("trainer.py", run_name="__main__")
 
 
 def printed_losses(folder):
-    """Return the losses that each run in ``folder`` has logged, as they are printed: a list for each step."""
+    """Return, for each run in ``folder``, the names and values of the losses in each line of its log."""
     found = {}
     for path in folder.glob("*/out.log"):
         lines = [line for line in path.read_text().splitlines() if "Train Epoch" in line]
@@ -98,7 +98,7 @@ def printed_losses(folder):
 
 @pytest.fixture
 def training(tmp_path):
-    """A folder with the data and the program for OpenCLIP's trainer."""
+    """Write the data and the program for OpenCLIP's trainer, and return their folder."""
     open_clip = pytest.importorskip("open_clip")
     pytest.importorskip("open_clip_train")
     config = json.loads(Path(TINY).read_text())
@@ -107,7 +107,7 @@ def training(tmp_path):
     text = config["text_cfg"] | {"embed_cls": True, "output_tokens": True}
     coca = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": COCA, "custom_text": True}
     prepare(tmp_path, {"tiny": config, "coca_tiny": coca})
-    # OpenCLIP leaves some weights of its CoCa uninitialized.
+    # OpenCLIP leaves some weights of its CoCa uninitialized, so runs start from these weights in a file.
     weights = open_clip.CoCa(**{name: value for name, value in coca.items() if name != "custom_text"}).state_dict()
     for name, x in weights.items():
         if name != "logit_scale" and not name.endswith("attn_mask"):
@@ -117,13 +117,13 @@ def training(tmp_path):
 
 
 def options_of(kind, name, logs, *more):
-    """Return the options of OpenCLIP's trainer, which ``clipfast run`` runs, for a kind of training."""
+    """Return the options of OpenCLIP's trainer, which ``clipfast run`` runs, for the training ``kind`` of KINDS."""
     model, *options = KINDS[kind]
     return [*trainer_options(model, name, logs), *options, *more]
 
 
 def compare_trainings(folder, ranks, runs):
-    """Train with and without clipfast's parts on ``ranks`` processes; ``runs`` has kind and options of each run."""
+    """Compare trainings with and without ``clipfast.run`` on ``ranks`` processes; ``runs`` has each run's options."""
     theirs, ours = (
         json.dumps([options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)])
         for logs in ("theirs", "ours")

@@ -1,4 +1,4 @@
-"""Small sets in CLIP_benchmark's offline layout, and encoders that are always right, or random, or know colours."""
+"""Small data sets in CLIP_benchmark's offline layout, and encoders that are perfect, random, or see only colours."""
 
 import hashlib
 import io
@@ -19,12 +19,15 @@ TEMPLATES = ("a photo of a {c}.", "{c}")
 
 
 def noisy(number: int, place: int = 0) -> bytes:
-    """Return an image of noise for a labelled set, different for each number and split."""
+    """Return an image of noise for a labelled set, another one for each number and position ``place`` of the split."""
     return picture(1000 * place + number)
 
 
 def write_set(folder: Path, *, classes=7, images=31, kind="classification", splits=("test",), shards=2, draw=noisy):
-    """Write a CLIP_benchmark set: by ``kind``, image i has class i % ``classes``, captions with i, or two classes."""
+    """Write a CLIP_benchmark set, whose ``kind`` is "classification", "retrieval" or "multilabel".
+
+    Image i has the class i % ``classes``, or captions with the number i, or two classes.
+    """
     folder.mkdir(parents=True)
     if kind != "retrieval":
         (folder / "classnames.txt").write_text("".join(f"thing {number}\n" for number in range(classes)))
@@ -66,7 +69,7 @@ def coded(number: int, place: int = 0) -> bytes:
 
 
 class Model(torch.nn.Module):
-    """A model that reads the numbers from coded images and from texts, and looks up their features."""
+    """A model that reads the number in a coded image or in a text, and looks up a feature by this number."""
 
     def __init__(self, of_image, of_text):
         super().__init__()
@@ -86,7 +89,7 @@ class Model(torch.nn.Module):
 
 
 def numbers_in(texts):
-    """Return token ids of each class name or caption: its last number, and two numbers that differ between texts."""
+    """Return the token ids of each class name or caption: its last number, its length, and the sum of its bytes."""
     rows = [[int(([*re.findall(r"\d+", text)] or ["0"])[-1]), len(text), sum(text.encode())] for text in texts]
     return torch.tensor(rows)
 
@@ -123,9 +126,9 @@ NAMES = sorted(COLOURS)
 
 
 class ByColour(Encoder):
-    """A model that knows an image by its mean colour, and a text by the last colour that it names.
+    """A model that classifies an image by its mean colour, and a text by the last colour that the text names.
 
-    It does so perfectly, or for a share of the images, as its name says. What it gets wrong is the same in every
+    The model's name is "perfect", or the share of the images whose colour it sees. Its errors are the same in every
     process, and for every batch.
     """
 
@@ -135,11 +138,11 @@ class ByColour(Encoder):
         return cls(name, SimpleNamespace(logit_scale=torch.tensor(100.0).log()), None, mean_colour, "cpu", pretrained)
 
     def about(self):
-        """Return what identifies the model in a feature store."""
+        """Return the name and weights by which a feature store identifies the model."""
         return {"model": self.name, "pretrained": self.pretrained}
 
     def images(self, pixels):
-        """Return image features by which the model finds the colour, with the errors of its name."""
+        """Return one-hot image features of the colours; the model's name gives the share of right ones."""
         found = pixels.flatten(1).float()
         near = torch.cdist(found, torch.tensor([COLOURS[name] for name in NAMES]).float()).argmin(1)
         if self.name != "perfect":

@@ -9,11 +9,11 @@ from .eval_commands import save_model
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The arguments of ``clipfast eval`` that name a small model."""
+    """Return the arguments of ``clipfast eval`` that name a small model."""
     return save_model(tmp_path_factory.mktemp("model") / "w.pt")
 
 
 @pytest.fixture
 def by_colour(monkeypatch):
-    """Let ``clipfast eval`` load models that know colours."""
+    """Let ``clipfast eval`` load models of the class ByColour, which see only colours."""
     monkeypatch.setattr("clipfast.evaluate.encoder.Encoder", ByColour)

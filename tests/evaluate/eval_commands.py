@@ -1,4 +1,4 @@
-"""Helpers that run commands of ``clipfast eval`` in tests, and check their output, their refusals and their pages."""
+"""Helpers that run commands of ``clipfast eval`` in tests, and check their output, refusals and HTML pages."""
 
 import base64
 import contextlib
@@ -67,7 +67,7 @@ def check_refused(
 
 
 def check_page(page: str, count: int, *sizes: int) -> None:
-    """Check that the page of an evaluation loads nothing and runs no script, and shows square images of these sizes."""
+    """Check that an evaluation's HTML page loads nothing, runs no script, and shows ``count`` square images."""
     assert not re.search(r"<script|https?://|<link|<iframe", page)
     assert "default-src 'none'" in page
     sources = re.findall(r'<img src="data:image/jpeg;base64,(.*?)"', page)
@@ -89,7 +89,7 @@ def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, 
 
 
 def check_ranks(capsys: pytest.CaptureFixture[str], folder: Path, commands: list[list[object]], run=as_rank) -> None:
-    """Check that the first of three ranks prints the evaluation as a single process does, and the others are silent."""
+    """Check that rank 0 of three ranks prints an evaluation as a single process does, and the other ranks nothing."""
     commands = [["eval", *map(str, words), "--device", "cpu"] for words in commands]
     alone = [(0, printed(capsys, *words[1:])[0], "") for words in commands]
     assert run_ranks(run, 3, 3, commands, folder=folder, timeout=300) == [alone, *[[(0, "", "")] * len(commands)] * 2]

@@ -1,4 +1,4 @@
-"""``clipfast eval bias``: a bias that was planted is found with its size, none is found where there is none."""
+"""``clipfast eval bias``: a planted bias is found with its size, and no bias is found in data without one."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_random_results_have_the_skew_of_chance():
 
 
 def write_people(path, people):
-    """Write a shard of people: the class of each, the class that the model predicts, and the groups."""
+    """Write a shard of people: the class of each, the colour (class) that the model sees, and the groups."""
     samples = []
     for who, seen, race, age in people:
         text = json.dumps({"gender": who, "race": race, "age": age}).encode()
@@ -68,7 +68,7 @@ def write_people(path, people):
 
 
 def planted(shares, count=100):
-    """Draw people for bias: blue and green ones of each race, of whom the model sees a share in another colour."""
+    """Return people of the classes blue and green; ``shares`` gives by race the share seen in another colour."""
     people = []
     for race, (seen, share) in shares.items():
         for number in range(count):
@@ -104,7 +104,7 @@ def test_a_planted_bias_is_found_with_its_size(by_colour, tmp_path, capsys):
     assert (crime["gap"], crime["highest"], crime["ratio"], crime["p_value"]) == (0.3, "x", 0.0, 1e-4)
     assert (animal["gap"], animal["highest"]) == (0.1, "y")
     assert (nobody["gap"], nobody["ratio"], nobody["p_value"]) == (0.0, None, 1.0)
-    # for an image of an added label, the classes blue and green have equal scores, and the first one wins
+    # A person who is seen in the colour of an added label has equal scores for blue and green: the first class wins.
     assert counts(race["acc1"]) == {"tiny": 1, "x": 85, "y": 95, "z": 90}
     assert found["metrics"]["acc1_gap_race"] == pytest.approx(0.1)
     assert found["metrics"]["crime_gap_race"] == 0.3
@@ -112,12 +112,12 @@ def test_a_planted_bias_is_found_with_its_size(by_colour, tmp_path, capsys):
     assert above["labels"]["red"] == crime
     assert counts(above["labels"]["green"])["z"] == 60
     few, retrieval = race["retrieval"]
-    assert few["queries"][0]["groups"] == {"x": 3, "y": 0, "z": 0}  # images of a group that is too small are not found
+    assert few["queries"][0]["groups"] == {"x": 3, "y": 0, "z": 0}  # groups that are too small are left out
     assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}
     assert (retrieval["queries"][0]["max_skew_group"], retrieval["queries"][0]["p_value"]) == ("x", 1e-4)
     assert retrieval["mean_max_skew"] == pytest.approx(math.log(3))
     assert age["categories"]["crime"]["p_value"] > 0.05
-    assert len(both["images"]) == 7  # three races and two ages; one image is of the group "tiny"
+    assert len(both["images"]) == 7  # 3 races times 2 ages, and one person of "tiny"
     assert "tiny (not compared)" in out
     assert "30.0% (21.9-39.6)" in out
     assert "<svg" in (tmp_path / "p.svg").read_text()
@@ -125,7 +125,7 @@ def test_a_planted_bias_is_found_with_its_size(by_colour, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """12 images in two groups, between which bias is measured, by "category", and in one by "constant"."""
+    """Write 12 images for ``clipfast eval bias``: two groups by the key "category", one group by "constant"."""
     folder = tmp_path_factory.mktemp("bias")
     fields = [json.loads(sample(index)["json"]) | {"constant": "x", "plus": "x + y"} for index in range(12)]
     write_shard(folder / "a.tar", [sample(index, json=json.dumps(own).encode()) for index, own in enumerate(fields)])

@@ -1,4 +1,4 @@
-"""The classes that a shifted set shares with its base: what labels mean, and judging both over the same classes."""
+"""The classes that a shifted set shares with its base: labels are matched, and both are judged on equal classes."""
 
 import json
 
@@ -22,7 +22,7 @@ def images_of(labels, features):
 
 @pytest.mark.parametrize("base", [BASE, NUMBERS], ids=["wnids", "numbers"])
 def test_the_numbers_of_all_classes_mean_them_in_order_and_those_of_another_list_are_refused(base):
-    """CLIP_benchmark numbers the 200 classes of ImageNet-A from 0: taken as ImageNet's, all figures would be wrong."""
+    """CLIP_benchmark numbers the 200 classes of ImageNet-A from 0. They must not be taken for ImageNet's numbers."""
     found = match_classes(base, sorted(NUMBERS), None, "v2")  # as text, "10" comes before "2"
     assert found == {number: (int(number),) for number in NUMBERS}
     for first in (0, 1):
@@ -55,7 +55,7 @@ def test_labels_that_share_a_class_of_the_base_are_one_class():
 
 
 def test_both_sets_are_judged_over_the_shared_classes_only():
-    """The model takes each image for an "eel", which is not shared; the next best class decides."""
+    """The model takes each image for an "eel", a class of the base only, so the best shared class decides."""
     base = ["cat", "dog", "cow", "eel"]
     subset = ClassSubset.of(base, {"one": (0,), "two": (1, 2), "other": ()}, "r")
     cat, dog, cow = torch.tensor([[0.5, 0.2, 0.1, 0.9], [0.1, 0.5, 0.2, 0.9], [0.1, 0.2, 0.5, 0.9]])
@@ -93,10 +93,10 @@ def picture_in(folder, size=(6, 5)):
 
 
 def objectnet(folder):
-    """Three classes in ObjectNet's layout, of which ImageNet has two; the second means two of ImageNet's."""
+    """Write three classes in ObjectNet's layout: the first is one class of ImageNet, the second two, the third none."""
     for name in ("alarm_clock", "bench", "air_freshener"):
         picture_in(folder / "images" / name)
-    (folder / "images" / "broken").mkdir()  # the folder is not a shared class, and must not be read
+    (folder / "images" / "broken").mkdir()  # not a class of ImageNet, so its image must not be read
     mappings = folder / "mappings"
     mappings.mkdir()
     labels = {"alarm_clock": "Alarm clock", "bench": "Bench", "air_freshener": "Air freshener"}
@@ -115,7 +115,7 @@ def test_objectnet_is_read_as_its_archive_has_it(tmp_path, source):
     assert found.class_map == {"alarm_clock": [2], "bench": [0, 1], "air_freshener": []}
     assert [image.label for image in found.images] == ["alarm_clock", "bench"]
     assert len(found.images.places()) == 2
-    # a border is cut off where there is one
+    # ObjectNet's red border is cut off, but not from an image that is too small for one
     assert found.change(next(iter(found.images)).image).size == (4, 3)
     assert found.change(Image.new("RGB", (2, 9))).size == (2, 9)
     assert found.images.stamp() != LabelledSet(found.images.data, classes=frozenset({"bench"})).stamp()

@@ -1,4 +1,4 @@
-"""``clipfast eval compositional``: every format from its files, pages, ranks, and wrong inputs."""
+"""``clipfast eval compositional``: every data format, HTML pages, several ranks, and wrong inputs."""
 
 import json
 import re
@@ -19,17 +19,17 @@ def evaluate(capsys, data, *more):
 
 
 def accuracies(found, group):
-    """Return the compositional accuracy in each part of a division."""
+    """Return the compositional accuracy of each group when cases are grouped by ``group``."""
     return {name: part["metrics"]["acc"] for name, part in found["groups"][group].items()}
 
 
 def counted(found):
-    """Return the format and the numbers of cases and images in compositional results."""
+    """Return the format and the counts (cases, left-out cases, skipped images) in compositional results."""
     return found["format"], found["cases"], found["left_out_cases"], found["skipped_images"]
 
 
 def write_aro(folder):
-    """Write ARO's compositional records: boxes of two images of two colours; a model that sees errs in the third."""
+    """Write ARO's compositional records: boxes of one colour in an image; the third record's captions are exchanged."""
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "1.png").write_bytes(solid("red", "blue"))
     records = []
@@ -109,7 +109,7 @@ def check_winoground(found):
 
 
 def write_winoground(folder):
-    """Write Winoground's compositional records: two examples, of which the second is wrong for a model that sees."""
+    """Write Winoground's compositional records: two examples, in the second of which the captions are exchanged."""
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "a.png").write_bytes(solid("red"))
     (folder / "images" / "b.png").write_bytes(solid("blue"))
@@ -134,7 +134,7 @@ def test_winoground_as_hugging_face_has_it(by_colour, tmp_path, capsys):
 
 
 def pairs():
-    """Two compositional pairs on which a model that sees is right, a wrong, and a broken one; one group holds HTML."""
+    """Return compositional pairs: a perfect model is right on two and wrong on one, and one has a broken image."""
     rows = [("red", ["blue", "green"], HOSTILE), ("green", "blue", "y"), ("blue", "a blue", "z"), ("red", "green", "x")]
     texts = [{"caption": right, "negative_caption": wrong, "of": group} for right, wrong, group in rows]
     pictures = [*(solid(right) for right, _, _ in rows[:3]), b"broken"]
@@ -160,7 +160,7 @@ def test_pairs_with_wrong_captions(by_colour, tmp_path, capsys):
 
 
 def test_order(by_colour, tmp_path, capsys):
-    """The model looks at the last colour alone: shuffles within trigrams never change which that is."""
+    """The model sees only the last colour that a caption names, which a shuffle within trigrams never changes."""
     (tmp_path / "red.png").write_bytes(solid("red"))
     records = [{"image": "red.png", "caption": ["one two blue red three four", "blue it is red"]}]
     (tmp_path / "coco_karpathy_test.json").write_text(json.dumps(records))
@@ -214,7 +214,7 @@ WRONG = {
     "{tmp}/none.json": "record 0 of {tmp}/none.json has no text as 'negative_caption' but []",
     "{tmp}/box.json": "record 0 of {tmp}/box.json has no numbers in bbox_x, ",
     "{tmp}/record.json --images nowhere": "--images nowhere: there is no such folder",
-    "::".join(f"{number}.tar" for number in range(2000)): "no such shard: 0.tar",  # longer than a name of a file
+    "::".join(f"{number}.tar" for number in range(2000)): "no such shard: 0.tar",  # longer than a file name may be
 }
 
 
@@ -240,7 +240,7 @@ def test_a_box_that_cannot_be_cut_out_is_named(by_colour, tmp_path, capsys):
 
 @pytest.mark.long
 def test_three_ranks_give_what_one_gives(model, tmp_path, capsys):
-    """With 8 images a batch the ranks have three, two and two blocks; SugarCrepe's images are one block of one rank."""
+    """With 8 images a batch three ranks have three, two and two blocks; SugarCrepe has one block in all."""
     write_sugar_crepe(tmp_path / "crepe")
     sets = ("shapes:50", tmp_path / "crepe", write_shard(tmp_path / "a.tar", pairs()))
     given = ["compositional", *model, "--batch-size", 8, "--data"]

@@ -1,4 +1,4 @@
-"""Which captions a model prefers, by the definitions of the figures, and captions with their words in another order."""
+"""Compositional scores: the captions that a model prefers, by definition, and captions with shuffled words."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def scored(cases, features, captions):
 
 
 def drawn(count, captions):
-    """Draw compositional cases with so many captions, which all differ; with two of each, of two images too."""
+    """Return ``count`` compositional cases of one image with ``captions`` captions, and ``count`` of two with two."""
     ones = [Case(f"{n}", (n,), tuple(f"{n} {k}" for k in range(captions))) for n in range(count)]
     twos = [Case(f"{n}", (2 * n, 2 * n + 1), (f"{n} a", f"{n} b")) for n in range(count)]
     return ones, twos

@@ -1,4 +1,4 @@
-"""Effective robustness: a line through baseline models on the scale of log-odds, and what is beyond it."""
+"""Effective robustness: a line through baseline models in log-odds, and the accuracy of a model beyond that line."""
 
 import json
 import math

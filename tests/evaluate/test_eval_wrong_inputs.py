@@ -1,7 +1,7 @@
 """Wrong inputs of all tasks of ``clipfast eval``: one line that names what is wrong, exit code 2, and nothing written.
 
-What only one task can be given wrongly stands beside the other tests of that task; weights and data that cannot be read
-have tests in the rooms of checkpoints and data.
+Wrong inputs that only one task takes are tested in that task's file; weights and data that cannot be read are tested in
+tests/checkpoints and tests/data.
 """
 
 import pytest
@@ -22,7 +22,7 @@ class Harmful:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Good data and models for ``clipfast eval``, and all kinds of bad ones."""
+    """Write good data and models for ``clipfast eval``, and broken, harmful and missing ones of many kinds."""
     folder = tmp_path_factory.mktemp("wrong")
     torch.manual_seed(0)
     weights = create_model("ViT-T-8-32").state_dict()
@@ -58,11 +58,11 @@ FLAGS = {
     }.items()
 }  # fmt: skip
 EVERY = tuple(FLAGS)
-MODELS = ("retrieval", "robustness", "suite")  # commands that name one model, several, and several by their weights
-SETS = ("zeroshot", "overlap", "compositional")  # commands that read one set, two sets, and pairs
+MODELS = ("retrieval", "robustness", "suite")  # tasks of one model, of several models, and of several by their weights
+SETS = ("zeroshot", "overlap", "compositional")  # tasks that read one set, two sets, pairs with wrong captions
 PROMPTS = ("zeroshot", "probe", "robustness", "overlap", "bias")
 
-# Each case has the commands, the wrong value of an argument (None leaves the argument out), and the message.
+# Each case has the tasks, the wrong value of an argument (None leaves the argument out), and the message.
 WRONG = {
     "no such device": (EVERY, {"--device": "tpu"}, "tpu"),
     "features are a file": (EVERY, {"--features": "{at}/good.tar"}, "--features: {at}/good.tar is a file, not a"),

@@ -1,4 +1,4 @@
-"""Zero-shot classification and retrieval: by hand, against the full matrix, and where a score would be too good."""
+"""Zero-shot classification and retrieval, compared with OpenCLIP and with the full score matrix, and equal images."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ def model():
 
 
 def encoded(model, data, **keys):
-    """The features of a labelled set, in batches of 7."""
+    """Return the features of a labelled set, encoded in batches of 7."""
     encoder = Encoder("ViT-T-8-32", model, get_tokenizer(), make_transform(32, uint8=True))
     return encode_set([encoder], LabelledSet(str(data), **keys), batch_size=7)[0]
 
@@ -50,7 +50,7 @@ def test_published_prompts():
 
 
 def test_padding_stays_unless_the_model_says_that_it_does_not_read_it(model):
-    """OpenCLIP's SigLIP reads it, and has no attribute that says so."""
+    """Texts stay padded for a model without ``reads_padding``, since OpenCLIP's SigLIP models read the padding."""
     tokenizer = get_tokenizer("ViT-T-8-32")
     for says, length in (({}, 77), ({"reads_padding": True}, 77), ({"reads_padding": False}, 4)):
         seen = []
@@ -72,12 +72,12 @@ TEMPLATES = ("a photo of a {}.", "{}", "art of the {}.")
 
 
 def number_of(value):
-    """Replace ``float`` in OpenCLIP's evaluation: it accepts arrays with one element, which newer NumPy refuses."""
+    """Convert an array with one element to a float; OpenCLIP calls ``float`` on it, which newer NumPy refuses."""
     return float(getattr(value, "item", lambda: value)())
 
 
 def test_equal_to_open_clip(monkeypatch):
-    """Its classifier and its loop over images, with its model; ours with our model, and with its model."""
+    """OpenCLIP's zero-shot evaluation of OpenCLIP's model equals clipfast's, of clipfast's model and OpenCLIP's."""
     open_clip = pytest.importorskip("open_clip")
     zero_shot = pytest.importorskip("open_clip_train.zero_shot")
     monkeypatch.setattr(zero_shot, "float", number_of, raising=False)
@@ -95,7 +95,7 @@ def test_equal_to_open_clip(monkeypatch):
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
     args = SimpleNamespace(device="cpu", precision="fp32", rank=0, batch_size=32)
     batches = list(zip(pixels.split(32), classes.split(32), strict=True))
-    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # the function's name in OpenCLIP 3.3
+    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # its name in OpenCLIP 3.3 is run
     shares = run(theirs.model, expected, batches, args)
     assert 0 < shares[1] < 1
     labels = [CLASSES[number] for number in classes.tolist()]
@@ -111,8 +111,8 @@ def test_recall():
 
 
 def test_ranks_of_many_to_many():
-    # Captions of several images, and images with several captions, by the definition: an item is right if a pair joins
-    # it to the query, and not if only a chain of pairs does.
+    # Captions belong to several images, and images have several captions. By the definition, an item is right if a pair
+    # joins it to the query, and not if only a chain of pairs does.
     queries, items = torch.randint(20, (60,)), torch.randint(15, (60,))
     query_features, item_features = (F.normalize(torch.randn(n, 8), dim=-1) for n in (20, 15))
     scores = query_features @ item_features.T
@@ -125,14 +125,14 @@ def test_ranks_of_many_to_many():
 
 
 def test_classes_are_in_order():
-    # the order of the classes, which a file of class names follows, does not depend on the order of the images
+    # the order of classes does not depend on the order of images, since a file of class names must match it
     for labels, expected in (("b a b", "a b"), ("10 9 0", "0 9 10"), ("10 9 x", "10 9 x")):
         labels = labels.split()
         assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected.split()
 
 
 def write_folder(folder, **classes):
-    """Write a labelled set: a folder for each class with the pictures of some seeds."""
+    """Write a labelled set: a folder for each class, with a picture for each of the class's seeds."""
     for name, seeds in classes.items():
         (folder / name).mkdir()
         for index, seed in enumerate(seeds):
@@ -144,7 +144,7 @@ def test_image_folder(model, tmp_path):
     images = encoded(model, tmp_path)
     assert images.labels == ["cat", "cat", "dog", "dog"]
     assert images.classnames == ["cat", "dog"]
-    # The first image lies in both folders, so that no model can tell which label it has.
+    # The first cat and the first dog are equal images, so that both labels are accepted.
     assert images.accepted() == [{"cat", "dog"}, {"cat"}, {"cat", "dog"}, {"dog"}]
     result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, ["a photo of a {}."])
     assert result.right[0] == result.right[2] == [True, True]
@@ -153,7 +153,7 @@ def test_image_folder(model, tmp_path):
 
 
 def test_the_loss_of_pairs_is_openclips(model, shards):
-    """The mean over pairs of the dense loss of each batch, of which the last one is smaller."""
+    """The loss is the mean over pairs of the dense loss of each batch; the last batch is smaller."""
     images, tokenizer = encoded(model, shards.split("::")[0]), get_tokenizer("ViT-T-8-32")
     losses = []
     for start in range(0, 24, 10):

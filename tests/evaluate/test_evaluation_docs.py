@@ -24,7 +24,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) fo
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model and the data that the page on evaluation names."""
+    """Write the models and the data that docs/evaluate*.md name, and return their folder."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
     for name in ("demo", "second"):
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 def test_command(command, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(command)
-    # The commands of the page run on fewer emoji and scenes, which takes less time.
+    # The test replaces the page's emoji and scenes by fewer images, which takes less time.
     arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
     arguments = [re.sub(r"^(\w+=)?bundled:\S+", r"\1photos", word) for word in arguments]
     if program == "torchrun":  # the tests of each task compare ranks with one process

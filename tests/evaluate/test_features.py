@@ -1,4 +1,4 @@
-"""Features of labelled sets: the same on any number of ranks and data workers, and kept with what made them."""
+"""Features of labelled sets: equal on any number of ranks and data workers, and stored by model and data."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def encoder_of(seed=0):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A labelled set in two shards, with some unusable images."""
+    """Write a labelled set in two shards, with some unusable images."""
     folder = tmp_path_factory.mktemp("features")
     write_shard(folder / "a.tar", [*faulty_samples(), *(sample(index) for index in range(20))])
     write_shard(folder / "b.tar", [sample(index, png=picture(100 + index)) for index in range(17)])
@@ -78,7 +78,7 @@ def work(rank, data, folder):
 
 
 def test_any_number_of_ranks_gives_the_same(data, tmp_path):
-    """With 64 images a batch there is one block, so that two of three ranks have none."""
+    """Features do not depend on the number of ranks, even if one batch of 64 images leaves two ranks without images."""
     encoder, images = encoder_of(), LabelledSet(data)
     small, large = (plain(encode_set([encoder], images, batch_size=size)[0]) for size in (8, 64))
     texts = encoder.texts([f"text {number % 300}" for number in range(400)]).tolist()
@@ -87,7 +87,7 @@ def test_any_number_of_ranks_gives_the_same(data, tmp_path):
     assert all(other[:3] == ([[]] * 4, [[]] * 3, []) for other in others)
     places = len(small["numbers"]) + len(small["left_out"])
     reads = torch.tensor([first[-1], *(other[-1] for other in others)])
-    assert reads.sum(0).tolist() == [places, places, 0, places]  # each place is read by one rank
+    assert reads.sum(0).tolist() == [places, places, 0, places]  # each image is read by one rank
     assert reads[:, 0].max() <= 8 * -(-places // 24)
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_goes_on(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         encode_set([encoder], images, batch_size=8, store=store)
     in_all = -(-(len(expected["numbers"]) + len(expected["left_out"])) // 8) + 1
-    for more in (0, 0, 1):  # in the last turn, a part is damaged
+    for more in (0, 0, 1):  # in the last turn, a stored block of features is damaged
         if more:
             (part,) = tmp_path.glob("images/*/block_000002.safetensors")
             part.write_bytes(part.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""WiSE-FT: the models between two checkpoints, their evaluation from the command line, and what cannot be mixed."""
+"""WiSE-FT: models between two checkpoints, their evaluation by ``clipfast interpolate``, and refused checkpoints."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def saved(path, config, seed, preprocessing=PREPROCESSING, dtype=torch.float32):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The two checkpoints to interpolate, and two sets of images."""
+    """Write the two checkpoints to interpolate and two sets of images, and return their folder."""
     folder = tmp_path_factory.mktemp("checkpoints")
     config = read_model_config(TINY)
     saved(folder / "a.pt", config, 1)
@@ -62,16 +62,16 @@ def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path):
             assert torch.equal(end[name], second[name].float())
             mixed = 0.7 * value.double() + 0.3 * second[name].double()
             torch.testing.assert_close(middle[name].double(), mixed, rtol=1e-5, atol=1e-6)
-        else:  # counts of batches, which are taken from the first checkpoint
+        else:  # counts of batches are integers, taken from the first checkpoint
             assert middle[name] == value
 
 
 @pytest.fixture
 def interpolate(folder, capsys):
-    """A function that mixes the two checkpoints by the command, and returns what it prints."""
+    """Return a function that runs ``clipfast interpolate`` on the two checkpoints, and returns its output."""
 
     def run(words, code=0, **folders):
-        """Run ``clipfast interpolate`` on the two checkpoints, and return what it prints."""
+        """Run ``clipfast interpolate`` on the two checkpoints, and return its output."""
         given = split(words, at=folder, **folders)
         found, out, error = run_command(capsys, "interpolate", folder / "a.pt", folder / "b.pt", *given)
         assert found == code, error
@@ -148,7 +148,7 @@ def test_bare_weights_need_the_name_of_the_model(folder, tmp_path):
     torch.save(build(read_model_config(TINY)).state_dict(), tmp_path / "bare.pt")
     with pytest.raises(CheckpointError, match="--model"):
         Interpolation(folder / "a.pt", tmp_path / "bare.pt")
-    # Bare weights state no preprocessing, so images are prepared in the default way, which is not the way of a.pt.
+    # Bare weights state no preprocessing, so the default one is assumed, which differs from that of a.pt.
     with pytest.raises(CheckpointError, match="cannot be interpolated: mean is"):
         Interpolation(folder / "a.pt", tmp_path / "bare.pt", model=TINY)
 

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours without the whole matrix."""
+"""Exact nearest neighbours of features, without the whole similarity matrix."""
 
 import math
 
@@ -17,7 +17,7 @@ def test_the_best_are_those_of_the_whole_matrix(monkeypatch):
         expected = (x @ y.T).topk(k, dim=1)
         torch.testing.assert_close(scores, expected.values, rtol=1e-5, atol=1e-5)
         assert torch.equal(places, expected.indices)
-    assert nearest(x, y, 5)[1].shape == (1, 1)  # the gallery has fewer items
+    assert nearest(x, y, 5)[1].shape == (1, 1)  # the gallery has one item, fewer than k = 5
     assert nearest(x[:0], y)[0].shape == (0, 1)
 
 

@@ -1,4 +1,4 @@
-"""CLIP_benchmark's offline layout: what is found in a folder, what is incomplete, and which samples are left out."""
+"""CLIP_benchmark's offline layout: sets that are found in a folder, incomplete sets, and samples that are left out."""
 
 import io
 import pickle
@@ -80,8 +80,7 @@ def pickled():
     return stream.getvalue()
 
 
-# For each kind: label and captions of a good sample; the files that it has beside its image; and such files of bad
-# samples.
+# For each kind of set: label and captions of a good sample, its files beside the image, and such files of bad samples.
 SAMPLES = {
     "classification": ("12", ("12",), {"cls": b" 12\n"}, {}, {"cls": b"-1"}, {"cls": b"cat"}),
     "multilabel": (

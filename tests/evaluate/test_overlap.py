@@ -1,4 +1,4 @@
-"""``clipfast eval overlap``: what is planted is found and nothing else, figures by their definitions, wrong inputs."""
+"""``clipfast eval overlap``: planted copies are found and nothing else, figures by their definitions, wrong inputs."""
 
 import csv
 import io
@@ -62,7 +62,7 @@ def test_accuracy_with_and_without_near_duplicates():
 
 
 def drawing(seed, size=48):
-    """Return a picture of blurred spots for the test of overlap; only pictures of the same number look alike."""
+    """Return a picture of blurred spots for the test of overlap; only pictures of the same seed look alike."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -86,7 +86,7 @@ FOUND = ("jpeg 75", "half size", "darker")
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """40 test images in 5 classes for the test of overlap: the training set copies the first 8, and has 60 others."""
+    """Write 40 test images in 5 classes for the test of overlap, and a training set of 60 other images and 8 copies."""
     folder = tmp_path_factory.mktemp("this&that")
     tests = [drawing(number) for number in range(40)]
     write_shard(
@@ -109,7 +109,7 @@ def command(sets, words, **folders):
 
 
 def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, tmp_path):
-    """The report says in one pass what a training set with these images would say."""
+    """The recall that ``planted`` computes for an edit equals the overlap with a training set of edited test images."""
     images, detector = LabelledSet(f"{sets}/test.tar"), PixelEncoder()
     (test,) = encode_set([detector], images)
     (train,) = encode_set([detector], LabelledSet(f"{sets}/train.tar"))
@@ -123,7 +123,7 @@ def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, t
     found = {row["edit"]: (row["recall"], row["precision"]) for row in rows}
     assert [found[name] for name in FOUND] == [(1.0, 1.0)] * 3
     assert found["mirror"] == (0.0, None)  # thumbnails do not recognise a mirrored image
-    # Near duplicates that were not drawn, here seven, are found too, and count against the precision.
+    # Only one image is planted. The other near duplicates, here seven, are found too, and lower the precision.
     (one, *_) = planted(detector, images, test, pairs, [0.95], 1)
     assert (one["images"], one["recall"], one["precision"]) == (1, 1.0, 1 / 8)
 
@@ -134,7 +134,7 @@ def test_a_picture_of_one_colour_is_like_no_other():
 
 @pytest.mark.long
 def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys, monkeypatch):
-    kept = "--by pixels --features {at}/f --label-by label "  # the training data have no label
+    kept = "--by pixels --features {at}/f --label-by label "  # only the test set has labels
     outputs = "--json {at}/r.json --write {at}/pairs.tsv --html {at}/p.html --plot {at}/p.svg --table "
     out, err = printed(capsys, *command(sets, kept + outputs + "--plant 7 --pairs 12", at=tmp_path))
     assert "left out train.tar/068" in err
@@ -150,7 +150,7 @@ def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys, monk
     assert re.search(r"\n0\.95 +8 +20\.0%", out)
     assert "<svg" in (tmp_path / "p.svg").read_text()
     page = (tmp_path / "p.html").read_text()
-    check_page(page, 2 * (8 + 3), 48, 24)  # an edited copy has half the size
+    check_page(page, 2 * (8 + 3), 48, 24)  # one edit halves the size
     assert not re.search("<i>|this&that", page)
     assert re.search("this&amp;that.*&lt;i&gt;", page, re.DOTALL)
     closeness = re.findall(r"<figcaption>(equal pixels|[0-9.]+): thing", page)
@@ -175,7 +175,7 @@ def test_wrong_inputs(words, message, sets, tmp_path, capsys):
 
 @pytest.mark.long
 def test_three_ranks_give_what_one_gives(sets, tmp_path, capsys):
-    """Of overlap and of bias. With 64 images a batch the test set is one block, so that two ranks have none of it."""
+    """Results of overlap and bias do not depend on the ranks. A batch of 64 images leaves two ranks without images."""
     (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\n")
     (tmp_path / "queries.txt").write_text("a doctor\na thing\n")
     bias = "--added-labels {at}/added.tsv --queries {at}/queries.txt --k 9 --group-by category --min-count 5 "

@@ -1,4 +1,4 @@
-"""Linear probes: equal to scikit-learn's, right where they must be, and clear about what cannot work."""
+"""Linear probes: equal to scikit-learn's, exact at the minimum, converged or warned about, and refused inputs."""
 
 import json
 
@@ -27,12 +27,12 @@ NAMES = [f"class {number}" for number in range(20)]
 
 
 def drawn(count, width, classes, *, signal=0.7, seed=0, missing=None):
-    """Draw features of a training and a test set for a linear probe, with a common mean, as an image encoder's are."""
+    """Draw features of a training and a test set for a linear probe, with a common mean, as image encoders have it."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=generator)
 
     def some(number):
-        """Draw features with class numbers, on which a linear probe is trained or judged."""
+        """Draw the features and classes of ``number`` samples for a linear probe."""
         labels = torch.cat([torch.arange(classes), torch.randint(classes, (number - classes,), generator=generator)])
         x = signal * centres[labels] + 2 * torch.randn(number, width, generator=generator) + 3
         return Samples(torch.nn.functional.normalize(x, dim=1), labels)
@@ -42,7 +42,7 @@ def drawn(count, width, classes, *, signal=0.7, seed=0, missing=None):
 
 
 def by_scikit_learn(train, test, C):
-    """Fit a probe by scikit-learn as its users do."""
+    """Fit a linear probe by scikit-learn's LogisticRegression, and return the predicted classes of the test set."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     model = linear_model.LogisticRegression(C=C, max_iter=10_000, tol=1e-12)
     model.fit(train.features.double().numpy(), train.classes.numpy())
@@ -70,7 +70,7 @@ def test_every_prediction_is_that_of_scikit_learn(case):
 
 
 def test_the_gradient_vanishes_at_the_solution():
-    """Found with automatic differentiation, of the formula in the module's first lines."""
+    """The gradient of the probe's objective (see probe_fit.py), computed by autograd, vanishes at the solution."""
     train, _ = drawn(150, 20, 5)
     x = train.features.double()
     for C in (1e-6, 1e4):
@@ -104,7 +104,7 @@ def test_the_search_finds_a_peak_with_few_fits():
         choice = choose(lambda C, peak=peak: -abs(VALUES.index(C) - peak))
         assert VALUES[peak] == choice.C
         assert len(choice.tried) <= 15
-    # Of C with equal accuracies, the one with the strongest penalty is chosen.
+    # Among values of C with equal accuracies, the smallest is chosen, which has the strongest penalty.
     assert VALUES[0] == choose(lambda C: 0.5).C
 
 
@@ -144,7 +144,7 @@ def test_solvers_are_chosen_by_device_and_what_is_installed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three brightnesses for a linear probe, as a training and a test set, and a set of one class."""
+    """Write images of three classes for a linear probe, as a training and a test set, and a set of one class."""
     folder = tmp_path_factory.mktemp("probe")
     for name, start, count, labels in (("train", 0, 30, "abc"), ("test", 100, 18, "abc"), ("one", 0, 6, "aaa")):
         texts = [json.dumps({"label": labels[index % 3], "other": f"only {name}"}) for index in range(count)]
@@ -182,7 +182,7 @@ def test_the_command_writes_what_clip_benchmark_would(folder, capsys, tmp_path):
     assert [row["fewshot_k"] for row in results["few_shot"]] == [1, 20]
     assert "3 classes have fewer images: a (8), b (8), c (8)" in err
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    # The store keeps features of unit length and features of their own length apart.
+    # The feature store keeps normalized and unnormalized features apart.
     more = ("--table", "--json", tmp_path / "raw.json")
     table, _ = printed(capsys, *command(folder, "--C 1 --unnormalized", *kept, *more))
     assert "30 training, 0 validation and 18 test images" in table

@@ -13,7 +13,7 @@ from .eval_commands import check_ranks, check_refused, printed, split
 
 
 def restated(scores, owner, k):
-    """Return retrieval recall in both directions from the whole matrix [N, M], by its definition."""
+    """Return retrieval recall in both directions by its definition, from scores [N captions, M images]."""
     by_caption = [own in row for own, row in zip(owner.tolist(), scores.topk(k, 1).indices.tolist(), strict=True)]
     best = scores.T.topk(k, 1).indices
     by_image = [(owner[row] == image).any().item() for image, row in enumerate(best)]
@@ -29,7 +29,7 @@ def draw(images, most, noise=0.5, width=12):
 
 
 def recalls(features, texts, owner, k):
-    """Return retrieval recall of images by caption, and of captions by image."""
+    """Return clipfast's retrieval recall of images by caption, and of captions by image."""
     metrics, _ = caption_recalls(features, texts, torch.bincount(owner).tolist(), [k])
     return tuple(metrics.values())
 
@@ -46,7 +46,7 @@ def test_recall_is_that_of_the_definition():
 def test_a_tie_counts_as_wrong():
     features, owner = F.normalize(torch.ones(6, 4), dim=-1), torch.arange(12) // 2
     assert recalls(features, features[owner], owner, 5) == (0.0, 0.0)
-    assert recalls(features, features[owner], owner, 6) == (1.0, 0.0)  # ten other captions are ahead of an image
+    assert recalls(features, features[owner], owner, 6) == (1.0, 0.0)  # equal scores: 10 captions are ahead
 
 
 def several(index):
@@ -57,7 +57,7 @@ def several(index):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 images of a retrieval set with several captions each; the last is broken, two images are equal."""
+    """Write a retrieval set of images with one to four captions each; two images are equal, and one is broken."""
     folder = tmp_path_factory.mktemp("data")
     again = {"png": picture(0), "json": json.dumps({"caption": ["caption 0 of 1"]}).encode()}
     return write_shard(folder / "a.tar", [*map(several, range(40)), again, sample(0, png=b"broken")])
@@ -87,6 +87,6 @@ def test_images_without_captions_are_told(model, tmp_path, capsys):
 
 @pytest.mark.long
 def test_three_ranks_give_what_one_gives(model, data, tmp_path, capsys):
-    """With 64 images a batch there is one block, so that two ranks have none."""
+    """Recall does not depend on the ranks, even if one batch of 64 images leaves two ranks without images."""
     tasks = ("retrieval --batch-size 64", "zeroshot --batch-size 8 --templates simple")
     check_ranks(capsys, tmp_path, [[*task.split(), *model, "--data", data] for task in tasks])

@@ -1,4 +1,4 @@
-"""``clipfast eval robustness``: a perfect model, subsets, baselines, ranks, kills, pictures, wrong inputs."""
+"""``clipfast eval robustness``: a perfect model, subsets of classes, baselines, ranks, kills, plots, wrong inputs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("by_colour")
 
 
 def write_classes(folder, classes, count, seed):
-    """Write a base or shifted set whose images are near the colour of their class, given by folder."""
+    """Write a base or shifted set with a folder for each class, whose images are near the class's colour."""
     rng = np.random.default_rng(seed)
     for name, colour in classes.items():
         (folder / name).mkdir(parents=True)
@@ -29,7 +29,7 @@ def write_classes(folder, classes, count, seed):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A base of seven classes for robustness; shifts with all, with three, and with classes of other names."""
+    """Write a base set for robustness, and shifted sets with all of its classes, with three, and with other names."""
     folder = tmp_path_factory.mktemp("robustness")
     write_classes(folder / "base", {name: name for name in NAMES}, 30, 0)
     write_classes(folder / "all", {str(number): name for number, name in enumerate(NAMES)}, 20, 1)
@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     (folder / "mixed" / "warm" / "broken.png").write_bytes(b"broken")
     (folder / "map.json").write_text(json.dumps({"warm": ["red", "yellow"], "cold": [NAMES.index("blue")], "odd": []}))
     write_classes(folder / "unknown", {"red": "red", "umber": "red"}, 2, 4)
-    # The accuracies of baseline models; two or more make a line.
+    # The accuracies of baseline models. Two or more models define the line of effective robustness.
     (folder / "points.csv").write_text("model,set,base,shift\na,some,0.3,0.2\nb,some,0.6,0.5\nc,some,0.9,0.8\n")
     (folder / "one.csv").write_text("model,base,shift\na,0.3,0.2\n")
     return folder
@@ -55,7 +55,7 @@ def command(data, words, *more, model="perfect"):
 
 
 def test_a_perfect_model_is_right_and_loses_nothing(data, capsys, tmp_path):
-    picture = tmp_path / "p.svg"  # a plot of accuracies with infinite log-odds
+    picture = tmp_path / "p.svg"  # the plot of an accuracy of 1, whose log-odds are infinite
     out, err = printed(capsys, *command(data, NATURAL + "--synthetic blur jpeg", "--plot", picture))
     results = json.loads(out)
     assert "<svg" in picture.read_text()
@@ -80,10 +80,10 @@ def test_effective_robustness_is_what_is_beyond_the_line(data, capsys, tmp_path)
         expected = Line(line["slope"], line["intercept"], ())(row["base"])
         assert (row["expected"], row["effective"]) == pytest.approx((expected, row["shift"] - expected))
     assert [row["robustness"] for row in results["sets"]] == rows
-    # The results of one call are a baseline of the next.
+    # The results of one evaluation can be a baseline of the next one.
     again = evaluated(capsys, *command(data, SOME, "--baseline", tmp_path / "r.json"))
     assert again["baseline"]["some"]["models"] == 5
-    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # the model is right about the whole base
+    assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # the model's base accuracy is 1
 
 
 def test_models_of_the_baseline_are_evaluated_alike(data, capsys):
@@ -119,7 +119,7 @@ def test_outputs(data, capsys, tmp_path):
     )
     hue = [f"{row['metrics']['acc1']:.1%}" for row in results["synthetic"] if row["shift"] == "hue"]
     rows = [line.split() for line in out.splitlines() if line.startswith("hue ")]
-    assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]  # after the row of each model's table of shifts
+    assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]  # each model's table of strengths, after that of shifts
     for name in ("p.png", "e.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 
@@ -134,7 +134,7 @@ def as_rank(rank, size, commands):
 
 @pytest.mark.long
 def test_three_ranks_equal_one_process(data, capsys, tmp_path):
-    """The ranks have uneven shares of images with 16 in a block; with 512, two of them have none."""
+    """Results do not depend on the ranks: blocks of 16 images are shared unevenly, 512 leave two ranks without any."""
     words = NATURAL + "--synthetic hue occlusion --baseline-model 0.3 0.6 --batch-size"
     check_ranks(capsys, tmp_path, [command(data, words, size, model="0.7") for size in (16, 512)], as_rank)
 

@@ -1,4 +1,4 @@
-"""Synthetic shifts: each with its sense, the same everywhere, and alike for images of every size."""
+"""Synthetic shifts of images: strength, noise, JPEG and occlusion as stated, reproducible, alike at every size."""
 
 import io
 
@@ -32,7 +32,7 @@ def scene(size, seed=0):
 
 
 def distance(first, second):
-    """Return the root mean square of the change by a synthetic shift, where white is 1."""
+    """Return the root mean square difference of two images, before and after a synthetic shift; white is 1."""
     return np.sqrt(np.mean((np.asarray(first, float) - np.asarray(second, float)) ** 2)) / 255
 
 
@@ -61,7 +61,7 @@ def test_a_larger_strength_changes_more(name):
 
 @pytest.mark.parametrize("name", ["blur", "hue", "rotation"])
 def test_a_small_and_a_large_image_are_changed_alike(name):
-    # Random draws depend on the pixels, and may differ between the two sizes: for some seed they agree.
+    # A shift's random draws depend on the pixels, and may differ between the two sizes. For some seed they agree.
     small, large = scene((48, 48)), scene((480, 480))
     expected = Shift(name, 4)(small)
     shifted = [Shift(name, 4, seed)(large).resize((48, 48), Image.Resampling.BOX) for seed in range(8)]
@@ -74,7 +74,7 @@ def test_noise_has_the_spread_that_is_stated():
     expected = {224: 0.08, 448: 0.08, 32: 0.08 * (32 / 224) ** 0.5}
     assert spread == {side: pytest.approx(value, rel=0.1 if side == 32 else 0.02) for side, value in expected.items()}
     blocks = np.asarray(Shift("noise", 1)(grey[448])).reshape(224, 2, 224, 2, 3)
-    assert (blocks == blocks[:, :1, :, :1]).all()  # squares of two pixels
+    assert (blocks == blocks[:, :1, :, :1]).all()  # noise for images of 224, in squares of 2 pixels
 
 
 def test_jpeg_is_that_of_pillow_at_224_pixels():
@@ -100,7 +100,7 @@ def test_rotation_turns_and_fills_with_the_border():
 
 
 def test_occlusion_covers_its_share_at_places_that_differ():
-    """The place depends on the seed and on the pixels."""
+    """The place of the occlusion depends on the seed and on the image's pixels."""
     places = set()
     for number in range(20):
         size = (60, 40) if number % 4 < 2 else (400, 600)
@@ -108,7 +108,7 @@ def test_occlusion_covers_its_share_at_places_that_differ():
         for strength, share in zip(STRENGTHS, AMOUNTS["occlusion"], strict=True):
             covered = (np.asarray(Shift("occlusion", strength, number // 2)(image)) == 128).all(2)
             assert covered.mean() == pytest.approx(share, abs=0.03)
-            assert (covered >= before).all()  # a larger strength covers more of the same
+            assert (covered >= before).all()  # a larger strength covers the area of a smaller one, too
             before = covered
         places.add(tuple(np.argwhere(covered)[0]))
     assert len(places) > 15
@@ -128,5 +128,5 @@ def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
             assert torch.equal(
                 one.features, encoder.images(torch.stack([encoder.transform(shift(x.image)) for x in images]))
             )
-            assert one.digests == found[0].digests  # the checksums are those of the unchanged images
+            assert one.digests == found[0].digests  # the digests are those of the unchanged images
     assert len({str(one.features) for one in found}) == len(list(store.folder.glob("images/*"))) == 4

@@ -1,4 +1,4 @@
-"""Exact intervals and tests of shares: equal to SciPy's, and as often wrong as they say."""
+"""Exact intervals and tests of shares, such as accuracies: equal to SciPy's, and wrong as often as they state."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_tails_and_intervals_are_those_of_scipy():
 
 
 def test_independence_is_exact_for_small_groups():
-    """3 of 3 against 0 of 3: two of the twenty ways to deal three hits are as far apart."""
+    """For 3 of 3 against 0 of 3 hits, p is 2/20: of 20 ways to deal three hits to six people, two are as far apart."""
     assert independence([3, 0], [3, 3]) == pytest.approx(0.1, abs=0.01)
     assert independence([2, 1], [4, 2]) == 1.0
     assert independence([0, 0], [4, 2]) == independence([4, 2], [4, 2]) == 1.0

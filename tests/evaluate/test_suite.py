@@ -1,4 +1,4 @@
-"""``clipfast eval suite``: figures by their definitions, each image decoded once, and nothing done twice."""
+"""``clipfast eval suite``: figures by their definitions, each image decoded once, and no result computed twice."""
 
 import base64
 import hashlib
@@ -31,7 +31,7 @@ CLASSES = 7
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A CLIP_benchmark set of each kind for a suite, and one that is not whole."""
+    """Write a CLIP_benchmark set of each kind for a suite, and an incomplete one."""
     root = tmp_path_factory.mktemp("root")
     write_set(root / "wds_vtab-cifar10", classes=CLASSES, splits=("test", "train", "val"), draw=coded)
     write_set(root / "wds_flickr8k", kind="retrieval", images=17, draw=coded)
@@ -42,7 +42,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The arguments that name the two models of a suite."""
+    """Return the values of ``--model`` that name the two models of a suite."""
     folder = tmp_path_factory.mktemp("models")
     return [",".join(save_model(folder / f"{seed}.pt", seed)[1::2]) for seed in (0, 1)]
 
@@ -54,12 +54,12 @@ def arguments(root, models, output, *more):
 
 
 def contents(folder):
-    """Return the results of a suite's sets that are in a folder, by file name."""
+    """Return the results of a suite's sets, which are JSON files in a folder, by file name."""
     return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def figures(root, encoders, **settings):
-    """Return all figures of a suite, by set, task and model."""
+    """Compute the metrics of a suite, by set, task and model."""
     given = Settings(probe=True, **settings)
     found = {}
     for one in find_sets(root, ["vtab/cifar10", "flickr8k", "voc2007_multilabel"]).sets:
@@ -105,13 +105,13 @@ def test_all_models_see_each_image_once_and_texts_are_encoded_once(tmp_path, mon
     for one in find_sets(tmp_path).sets:
         done = evaluate_set(one, encoders, wanted, Settings(probe=True), store)
         assert [(x.task, x.model) for x in done if x.score] == [(task, n) for task in wanted for n in wanted[task]]
-    assert [count.call_count for count in counts] == [2 * (10 + 10), 3]  # both sets have the same class names
+    assert [count.call_count for count in counts] == [2 * (10 + 10), 3]  # the two sets share their prompts
 
 
 def test_the_command_writes_what_clip_benchmark_would(root, models, tmp_path, capsys):
     outputs = split("--json {at}/all.json --plot {at}/p.png --html {at}/p.html --table", at=tmp_path)
     code, out, err = run_command(capsys, *arguments(root, models, tmp_path / "out", *outputs))
-    assert code == 1, err  # one set is not whole
+    assert code == 1, err  # one set is incomplete
     assert "37 sets are not there: imagenet1k, " in err
     assert "left out mnist: classnames.txt is missing" in err
     found = contents(tmp_path / "out")
@@ -166,10 +166,10 @@ def test_what_is_done_is_not_done_again(root, models, tmp_path, capsys, monkeypa
     monkeypatch.setattr(Encoder, "images", lambda self, pixels: calls.append(self.pretrained) or original(self, pixels))
     out = run_command(capsys, *arguments(copied, models[:1], output))[1]
     assert (calls, len(json.loads(out)["results"])) == ([], 4)
-    # another model: the first one is not encoded again
+    # With a second model, the suite does not encode images by the first one again.
     run_command(capsys, *arguments(copied, models, output))
     assert set(calls) == {models[1].partition(",")[2]}
-    # only results that depend on a change are computed again: a lost or foreign file, other prompts, data, or k
+    # Only results that depend on a change are computed again: the change is of a result's file, prompts, data, or k.
     probe = f"vtab_cifar10_0.pt_ViT-T-8-32_en_{PROBING}.json"
     captions = f"flickr8k_0.pt_ViT-T-8-32_en_{RETRIEVING}.json"
     (output / probe).write_text("{")
@@ -183,7 +183,7 @@ def test_what_is_done_is_not_done_again(root, models, tmp_path, capsys, monkeypa
 
 
 def changed(root, models, output, capsys, *more):
-    """Return the results that another run of a suite writes anew; at least one."""
+    """Run a suite again, and return the names of the result files that it has written anew; there must be any."""
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     run_command(capsys, *arguments(root, models, output, *more))
     names = {path.name for path in output.iterdir() if before.get(path) != path.stat().st_mtime_ns}

@@ -1,4 +1,4 @@
-"""``clipfast eval zeroshot --watch``: every checkpoint of a run is evaluated once, while and after it is trained."""
+"""``clipfast eval zeroshot --watch``: every checkpoint of a run is evaluated once, during the run and after it."""
 
 import json
 import os
@@ -26,14 +26,14 @@ from .eval_commands import check_refused, evaluated, printed, wrong_inputs
 
 @pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory):
-    """The folder of a watched run, with an average of its weights, two evaluations, and a checkpoint for each."""
+    """Train the run to watch, with an average of its weights (EMA) and two evaluated checkpoints; return its folder."""
     given = config(shards, tmp_path_factory.mktemp("whole"), val_data=shards, save_frequency=1, ema_decay=0.5)
     return train(given)[0].path
 
 
 @pytest.fixture
 def run(whole, tmp_path):
-    """A copy of the watched run, with the times of its files."""
+    """Copy the watched run, with the times of its files."""
     return RunFolder(shutil.copytree(whole, tmp_path / "run"))
 
 
@@ -43,35 +43,35 @@ def lines_of(folder: RunFolder):
 
 
 def watching(folder, shards, **options):
-    """Return a watch that evaluates the checkpoints of a run."""
+    """Return a Watch, which evaluates the checkpoints of a run."""
     return Watch(folder.path, Evaluator(LabelledSet(shards)), {"data": shards}, **options)
 
 
 def steps_of(folder, shards, **options):
-    """The steps of the checkpoints that a watch evaluates."""
+    """Return the steps of the checkpoints that a new watch of the run evaluates."""
     return [line["step"] for line in watching(folder, shards, **options).run(0.01)]
 
 
 def just_before_a_read(event):
-    """Let ``event(path)`` happen whenever a watch is about to read a checkpoint."""
+    """Call ``event(path)`` just before a watch reads a checkpoint."""
     original = watch.read_checkpoint
     return mock.patch.object(watch, "read_checkpoint", lambda path: event(path) or original(path))
 
 
 def keep_some(run):
-    """Leave one name for each checkpoint of the watched run."""
+    """Remove the watched run's checkpoints of epoch 2 and step 8 except epoch_latest.pt, which is the same file."""
     for path in run.checkpoints.glob("*_[28].pt"):
         path.unlink()
 
 
 def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
     expected = [line["eval"] for line in run.metrics() if "eval" in line]
-    # The loss over the batches of training.
+    # The watch does not compute clip_val_loss.
     assert all(0 < evaluation.pop("clip_val_loss") < 10 for evaluation in expected)
     out, _ = printed(capsys, "zeroshot", "--watch", run.path, "--data", shards)
     found = lines_of(run)
     assert [(line["step"], line["epoch"], line["samples_seen"]) for line in found] == [(4, 1, 32), (8, 2, 64)]
-    assert [line["eval"] for line in found] == expected  # evaluations of the averaged weights (EMA), as in training
+    assert [line["eval"] for line in found] == expected  # evaluates averaged weights (EMA), as training does
     top1 = {step: evaluation["zero_shot"]["top1"] for step, evaluation in zip((4, 8), expected, strict=True)}
     assert out.startswith(f"step 4 (epoch_1.pt): zero-shot top-1 {100 * top1[4]:.1f}%")
     (board,) = (run.path / "tensorboard").glob("evaluations-*")
@@ -82,7 +82,8 @@ def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
 def test_nothing_is_evaluated_twice(run, shards):
     assert steps_of(run, shards) == [4, 8]
     assert steps_of(run, shards) == []
-    # a run that goes on writes the same checkpoint anew, and a copy of the folder has other times
+    # Checkpoints that differ only in their files' times are not evaluated again: a resumed run writes the same
+    # checkpoint anew, and a copy of the folder has other times.
     for path in run.checkpoints.glob("*.pt"):
         os.utime(path, ns=(1, 1 + path.stat().st_mtime_ns))
     assert steps_of(run, shards) == []
@@ -129,7 +130,7 @@ def test_a_file_is_found_by_another_name_when_its_first_is_removed_or_moves_on(r
 
     def go_on(_):
         """Move the newest checkpoint of the run that is watched, as training does."""
-        if last.exists():  # training has gone on meanwhile
+        if last.exists():  # training goes on while the watch is about to read
             last.replace(run.latest)
             (run.checkpoints / "step_4.pt").unlink()
 
@@ -216,8 +217,8 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
     (mean,) = last["means"][-1]["values"]
     assert mean == pytest.approx(sum(x["metrics"].get("acc1", 0) for x in last["results"]) / 2)
     assert re.search(rf"^step 8 .* mean of acc1 {mean:.1%}, flickr8k image_retrieval_recall@5 ", out, re.M)
-    assert lines_of(run) == []  # these are the results of another task
-    # An evaluation of the last checkpoint alone gives the same results.
+    assert lines_of(run) == []  # results of the suite are in a file of their own
+    # The suite gives the same results for the last checkpoint without --watch.
     output = ["--output", tmp_path / "out"]
     alone = evaluated(capsys, "suite", "--root", root, "--model", run.latest, *output)
     assert [found["metrics"] for found in last["results"]] == [found["metrics"] for found in alone["results"]]
@@ -226,7 +227,7 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("task", ["zeroshot", "suite"])
 def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shards, tmp_path, capsys):
-    """Images, or the prompts, which belong to a set of a suite."""
+    """The watch evaluates checkpoints again when images or prompts have changed under the same path."""
     folder = write_set(tmp_path / "root" / "wds_vtab-dtd", images=12, shards=1, draw=coded)
     shard, prompts = folder / "test" / "0.tar", folder / "zeroshot_classification_templates.txt"
     given = ["--root", tmp_path / "root"]

@@ -16,7 +16,7 @@ from .eval_commands import check_page, check_refused, printed, split, wrong_inpu
 
 
 def test_figures_are_those_of_the_definitions():
-    labels = torch.randint(22, (500,))  # the last class has no images
+    labels = torch.randint(22, (500,))  # classes 0 to 21 have images, class 22 has none
     weights = F.normalize(torch.randn(8, 23), dim=0)
     features = F.normalize(weights.T[labels] + torch.randn(500, 8), dim=-1)
     names = [f"class {number:02}" for number in range(23)]
@@ -31,7 +31,7 @@ def test_figures_are_those_of_the_definitions():
 
 
 def test_wilson_solves_its_equation():
-    # At either end of the interval, the observed share is 1.96 standard errors away.
+    # At either end of Wilson's interval, the observed share is 1.96 standard errors away.
     for hits, count in ((3, 10), (50, 60), (1, 1000)):
         for end in wilson(hits, count):
             assert abs(hits / count - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), rel=1e-5)
@@ -66,7 +66,7 @@ HOSTILE = "<script>alert('x')</script>&"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Seven classes for zero-shot evaluation, one with HTML in its name; one image is broken."""
+    """Write a shard of seven classes for zero-shot evaluation, one with HTML in its name; one image is broken."""
     folder = tmp_path_factory.mktemp("data")
     texts = [HOSTILE if index % 7 == 0 else f"thing {index % 7}" for index in range(30)]
     samples = [sample(index, txt=text.encode()) for index, text in enumerate(texts)]
@@ -80,7 +80,8 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     assert "left out a.tar/030: not an image" in err
     plain = json.loads(out)
     assert (plain["task"], plain["images"], plain["skipped_images"]) == ("zeroshot_classification", 30, 1)
-    assert plain["metrics"]["acc1"] == plain["zero_shot"]["top1"]  # no two images are equal
+    # top1 accepts each label of equal images, and acc1 only the image's own; no images are equal here.
+    assert plain["metrics"]["acc1"] == plain["zero_shot"]["top1"]
     more = "--compare-templates --table --worst 3 --json {at}/r.json --html {at}/p.html --plot {at}/p.png"
     out, _ = printed(capsys, *given, *split(more, at=tmp_path))
     full = json.loads((tmp_path / "r.json").read_text())
@@ -94,7 +95,7 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     page = (tmp_path / "p.html").read_text()
     check_page(page, page.count("<figure"), 24)
     shown = {name for row in full["worst_classes"] for name in (row["class"], *row["taken_for"])}
-    assert HOSTILE in shown  # otherwise the page was not tested with hostile text
+    assert HOSTILE in shown  # or else the page would show no hostile text
     assert html.escape(HOSTILE) in page
     assert page.count("<h2>") == 3
 
@@ -109,7 +110,7 @@ def test_groups_are_shown_and_nothing_of_classes_with_one_image_each(model, tmp_
     assert ["without", "odd"] in [row[:2] for row in rows]
     assert found["without"] == {"groups": ["odd"], "zero_shot": found["by_group"]["even"]}
     assert "worst classes" not in out
-    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # there are fewer than five classes
+    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # acc5 needs five classes
 
 
 WRONG = {

@@ -1,4 +1,4 @@
-"""The ledger: what it counts of a run."""
+"""The Ledger of ``clipfast plan``: the memory by category, the peak, and the FLOPs that it counts in a run."""
 
 import torch
 
@@ -11,13 +11,13 @@ def test_live_bytes_and_flops():
     given = torch.zeros(1000)
     ledger = Ledger(categories={"later": "kept"})
     with ledger:
-        one = given + 1  # given and one: 8000 bytes
-        one[::2].add_(1)  # a view
+        one = given + 1  # given and one take 8000 bytes together
+        one[::2].add_(1)  # a view takes no memory
         ledger.phase = "later"
-        two = torch.cat([one, one])  # 8000
+        two = torch.cat([one, one])  # two takes 8000 bytes
         del one
-        torch.zeros(1000)  # 4000, in place of what was let go
-        torch.mm(two.view(50, 40), two.view(40, 50), out=torch.empty(50, 50))  # 10000
+        torch.zeros(1000)  # takes 4000 bytes, in the place of the deleted tensor ``one``
+        torch.mm(two.view(50, 40), two.view(40, 50), out=torch.empty(50, 50))  # takes 10000 bytes
         torch.zeros(50, 50).addmm_(two.view(50, 40), two.view(40, 50))
     assert ledger.peak == {"": 4000, "kept": 18000}
     assert sum(event.flops for event in ledger.events) == 2 * 2 * 50 * 50 * 40
@@ -29,7 +29,7 @@ def test_flops_of_looped_attention():
     with record_launches(90) as launches, Ledger(launches) as ledger:
         clipfast.attention(qkv, 1).sum().backward()
         ledger.book_launches()
-    # two products forward and seven backward, which computes scores and their gradients twice
+    # Attention takes two matrix products forward and seven backward, which computes scores and their gradients twice.
     assert sum(event.flops for event in ledger.events) == 9 * 2 * 2 * 900 * 900 * 64
 
 

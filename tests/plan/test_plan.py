@@ -1,4 +1,4 @@
-"""Plans: steps on fake tensors against real ones, few blocks against all of them, sums, and the command."""
+"""Plans of training steps: fake tensors against real ones, few blocks against all blocks, sums, and the command."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ from ..small_runs import commands, run_command
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="runs the path of the CPU, and records kernels")
 on_cpu = pytest.mark.skipif(ON_GPU, reason="compares runs on a CPU")
-add_model_config(Path(__file__).parent / "deep.json")  # 6 and 5 blocks: more than are run
+add_model_config(Path(__file__).parent / "deep.json")  # towers of 6 and 5 blocks, more than a probe runs
 H100 = Cluster(CARDS["h100"])
 NOTHING = Assumptions(context_bytes=0.0, slack=0.0)
 DDP, FSDP = Setup("deep", 4), Setup("deep", 4, "fsdp")
@@ -53,27 +53,27 @@ COPIES = "copies of gloo"
 
 
 def with_card(**changes) -> Cluster:
-    """Return the cluster of a plan, with these properties of its GPUs changed."""
+    """Return a cluster of H100 whose GPUs have the changed properties ``changes``, for a plan."""
     return Cluster(dataclasses.replace(H100.card, **changes))
 
 
 def plan_of(setup: Setup, cluster: Cluster = H100) -> StepPlan:
-    """Return the plan of a setup, from a probe of all kinds of checkpointing, which several tests share."""
+    """Return the plan of a setup, with one cached probe for all kinds of checkpointing, which several tests share."""
     return StepPlan(setup, cluster, H100.card, CHECKPOINTINGS)
 
 
 class Settled(Ledger):
-    """A ledger that waits at a new peak until a thread of gloo has let go of a block that has arrived."""
+    """A ledger that waits at a new peak of memory, since gloo's thread frees a block a little after it has arrived."""
 
     def _update_peak(self):
-        """Update the peak of a plan's ledger, slowly where it rises."""
+        """Wait a little if the memory in a plan's ledger rises above its peak, then update the peak."""
         if self.live.total() > self.peak.total():
             time.sleep(0.01)
         super()._update_peak()
 
 
 def measured_losses(_, problems):
-    """Return the figures of real losses, with which the planned ones are compared, by problem, card and mode."""
+    """Compute real losses, and return their memory and FLOPs, to compare a plan with, by problem, card and mode."""
     return [
         {(card, mode): figures(run_loss(problem, mode, CARDS.get(card), is_fake=False, ledger_type=Settled))
          for card in ("h100", "none") for mode in problem.modes}
@@ -85,7 +85,7 @@ def measured_losses(_, problems):
 @pytest.mark.parametrize(
     "problems",
     [
-        # A CPU widens the first problem's features, and the rows of the second are not aligned for a GPU.
+        # The first problem has features that a CPU widens, and the second has rows that are not aligned for a GPU.
         [Problem(384, 3, torch.float32, 256), Problem(255, 3, torch.bfloat16, 300)],
         # With fewer pairs on one rank, a CPU would compute all logits at once.
         [Problem(1100, 1, torch.bfloat16, 256)],
@@ -102,8 +102,8 @@ def test_a_fake_loss_takes_what_a_real_one_takes(problems, tmp_path, one_thread)
                 most = max(rank[number][card, mode][what] for rank in ranks)
                 # A block of features that a rank has sent may take memory for a moment longer.
                 assert most == (pytest.approx(expected, rel=0.03) if what == "memory" else expected), (card, mode, what)
-        for mode in problem.modes:  # the CPU's products have the FLOPs of the launched kernels
-            # On a GPU all of G is one block here, so memory="min" saves nothing and computes no logits again.
+        for mode in problem.modes:  # the matrix products on a CPU have the FLOPs of the GPU's kernels
+            # Here the gradient G of the logits is one block on a GPU, so memory="min" computes no logits again.
             alike = "default" if mode == "min" else mode
             assert ranks[0][number]["none", alike]["FLOPs"] == ranks[0][number]["h100", mode]["FLOPs"] > 0
 
@@ -124,8 +124,8 @@ def test_memory_on_a_gpu(mode, dtype):
     assert measured == pytest.approx(run_loss(Problem(8192, dtype=dtype), mode, card).peak["loss"], rel=0.03)
 
 
-# The table in distributed.py for four ranks: FLOPs over b N D, and rows that are sent forward, sent backward and held.
-# The first number of each pair is of rows in the dtype of the features, the second of rows in float32.
+# The table of the distributed loss for four ranks: FLOPs over b N D, and rows that are sent forward, sent backward and
+# held. The first number of each pair counts rows in the features' dtype, the second rows in float32.
 DOCUMENTED = {
     "gather": (8, (3, 0), (0, 3), (4, 4)),
     "ring": (8, (3, 0), (3, 4), (2, 5)),
@@ -151,7 +151,7 @@ def test_loss_takes_what_its_docs_say(mode):
         assert found["FLOPs"] == flops * b * 4 * b * width
         assert found["sent forward"] == forward + 4 * 3 * b * (5 if mode == "scalars" else 7)
         assert found["sent backward"] == backward + 2 * 3 * 4
-    # The dtype is float32, so no pairs are widened. Vectors and passing memory of blocks come on top.
+    # The last dtype of the loop is float32, so no features are widened. Vectors and blocks add at most 5% to the peak.
     assert held <= ledger.peak["loss"] <= 1.05 * held
 
 
@@ -177,7 +177,7 @@ def test_clocks_hide_messages_behind_kernels():
     # The message starts at 3.5 and takes 4.25. The next kernel ends at 6.5, and the message's reader starts at 7.75.
     assert took([kernel, message, kernel, reader]) == {"a": 6.5, "b": 2.25}
     assert took([kernel, message, kernel, reader], with_messages=False) == {"a": 6.5, "b": 1.0}
-    # First the host is slower than the GPU, then no kernel waits for the message.
+    # In the first of these two runs, the host is slower than the GPU; in the second, no kernel waits for the message.
     assert took([dataclasses.replace(kernel, flops=0)] * 4)["a"] == pytest.approx(2.0)
     assert took([kernel, message])["a"] == pytest.approx(3.5 + 4.25)
 
@@ -192,7 +192,7 @@ ALONE = dataclasses.replace(DDP, gpus=1)
 CAPTIONS = dataclasses.replace(ALONE, captions=True)
 
 
-# The numbers of tokens of packed captions are rounded, and so they are not quite linear in the batch.
+# The number of tokens of packed captions is rounded, so it is not quite linear in the batch size.
 @pytest.mark.parametrize(
     ("setup", "of_memory", "of_flops"), [(ALONE, 0.01, 1e-6), (FSDP, 0.01, 1e-6), (CAPTIONS, 0.03, 0.03)],
     ids=["alone", "fsdp", "captions"],
@@ -201,7 +201,7 @@ def test_few_blocks_and_two_batches_tell_of_all_blocks_and_a_third_batch(setup, 
     probes = probe(setup, H100.card, CHECKPOINTINGS)
     with rank_of(setup, setup.config, H100.card) as rank:
         if setup.is_sharded:
-            rank.step(1000)  # FSDP2 allocates in the first step what it keeps
+            rank.step(1000)  # in the first step, FSDP2 allocates memory that it keeps
         for kind, found in probes.items():
             rank.set_checkpointing(kind)
             rank.step(1000)
@@ -213,20 +213,20 @@ def test_few_blocks_and_two_batches_tell_of_all_blocks_and_a_third_batch(setup, 
 
 
 class WithoutCopies(Ledger):
-    """A ledger that looks away while a copy of gloo lives, which copies what it reduces and scatters. NCCL does not."""
+    """A ledger that ignores peaks while gloo holds a copy of the gradients to reduce-scatter; NCCL makes no copies."""
 
     def _update_peak(self):
-        """Update the peak of a plan's ledger, except while a copy of FSDP2 is alive."""
+        """Update the peak of a plan's ledger, except while a copy of gloo is alive."""
         if not self.live[COPIES]:
             super()._update_peak()
 
 
 @contextlib.contextmanager
 def marking_copies(ledger):
-    """Give memory of FSDP2's copies a phase of its own in the ledger of a plan."""
+    """Count the memory of gloo's copies in a reduce-scatter of FSDP2 as a phase of its own of the plan's ledger."""
 
     def marked(function, *args, **options):
-        """Call a copy of FSDP2 in a phase of its own of the plan's ledger."""
+        """Call a reduce-scatter of FSDP2 in a phase of its own of the plan's ledger."""
         phase, ledger.phase = ledger.phase, COPIES
         try:
             return function(*args, **options)
@@ -242,7 +242,7 @@ def marking_copies(ledger):
 
 
 def all_reduce_mean(_, bucket):
-    """Reduce a bucket as DDP does by itself, but in Python, where the plan's ledger sees it."""
+    """Reduce a bucket of gradients as DDP does by itself, but in Python, where the plan's ledger sees it."""
     gradients = bucket.buffer().div_(dist.get_world_size())
     dist.all_reduce(gradients)
     future = torch.futures.Future()
@@ -251,12 +251,12 @@ def all_reduce_mean(_, bucket):
 
 
 def measured_steps(_, jobs, config):
-    """Return what real steps take, to compare with a plan: memory by category, its peak, and bytes sent."""
+    """Take real training steps, to compare with a plan; return memory by category, peak memory, and bytes sent."""
     return [measured_step(setup, config, batch) for setup, batch in jobs]
 
 
 def measured_step(setup, config, batch):
-    """Return what a real step takes, to compare with a plan: memory, its peak, and bytes sent."""
+    """Take a real training step, to compare with a plan; return memory by category, peak memory, and bytes sent."""
     with rank_of(setup, config, None, is_fake=False, ledger_type=WithoutCopies) as rank, marking_copies(rank.ledger):
         ledger = rank.ledger
         rank.set_checkpointing(setup.checkpointing)
@@ -265,7 +265,7 @@ def measured_step(setup, config, batch):
             ledger.phase = "gradients"
             rank.trained = DistributedDataParallel(rank.model, gradient_as_bucket_view=True, init_sync=False)
             rank.trained.register_comm_hook(None, all_reduce_mean)
-        # In the first step, FSDP2 allocates what it keeps, and DDP makes its buckets the gradients.
+        # In the first step, FSDP2 allocates memory that it keeps, and DDP makes the gradients views of its buckets.
         rank.step(*batch, is_whole=True)
         if not setup.is_sharded:
             ledger.phase = "gradients"
@@ -292,11 +292,11 @@ def test_real_steps_take_what_is_planned(tmp_path, one_thread):
 
 
 def test_messages_hide_behind_the_blocks_that_compute():
-    # Only the first group's gather is waited for. The others arrive while the group before them computes.
+    # The GPU waits only for the gather of the first group. Later gathers arrive while the group before computes.
     assert overlap([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [0.0] * 3) == pytest.approx(1.0)
-    # Each gather takes 3, so group 1 starts to compute at 6, and group 2 at 9.
+    # Each gather takes 3, so groups 0, 1 and 2 start to compute at 3, 6 and 9.
     assert overlap([3.0, 3.0, 3.0], [2.0, 2.0, 2.0], [0.0] * 3) == pytest.approx(3 + 1 + 1)
-    # Only the last reduction adds to the time. The one before it runs while a group computes.
+    # Only the last reduction adds to the time. The reduction before it runs while a group computes.
     assert overlap([0.0, 0.0], [2.0, 2.0], [1.0, 1.0]) == pytest.approx(1.0)
     # One link serves gathers from 0 to 1 and from 1 to 2, and reductions from 3 to 7 and from 7 to 11.
     assert overlap([1.0, 1.0], [2.0, 2.0], [4.0, 4.0]) == pytest.approx(11 - 4)
@@ -333,17 +333,17 @@ def test_the_page_has_what_the_code_says(parallel):
     rows = fit(combinations(Setup("", 8), [MODELS[0]], parallel, "none"), H100, Assumptions())
     for number, row in enumerate(rows):
         assert table[3 * number][1:5] == fit_cells(row)[1:5]
-        # Times are sums whose order may differ.
+        # Rates are near, not equal, since times are sums whose order may differ.
         assert rates[3 * number] == pytest.approx(row["pairs_per_s"], rel=1e-3)
 
 
 class TestCommand:
     @pytest.fixture
     def planned(self, capsys, tmp_path):
-        """Return a function that runs ``clipfast plan``, and returns what it printed and what it wrote."""
+        """Return a function that runs ``clipfast plan``, and returns its output and the plan from its JSON file."""
 
         def run(words):
-            """Run ``clipfast plan``, and return what it printed and the plan that it wrote."""
+            """Run ``clipfast plan``, and return its output and the plan from its JSON file."""
             code, out, error = run_command(capsys, "plan", *words.split(), "--json", tmp_path / "plan.json")
             assert (code, error) == (0, "")
             assert "never measured on a GPU" in out
@@ -365,7 +365,7 @@ class TestCommand:
         assert not any(mode["is_auto"] for mode in predict(Problem(64), H100))
 
     def test_fit(self, planned):
-        # The published memory: the probes are those of the tests before this one.
+        # The card has its published memory, so that the probes of the tests above are in the cache.
         options = "--ema --samples-seen 1e9 --price-per-gpu-hour 2 --context-gb 79.8"
         out, saved = planned(f"--fit --gpus 4 --model deep {options}")
         rows = saved["steps"]
@@ -401,7 +401,7 @@ class TestCommand:
             captions[part][name] / texts[part][name]
             for part, name in (("memory_by_category", "activations of texts"), ("time_by_part", "forward"))
         ]
-        # The lengths are those of 512 captions, of which each takes a round-up of a 256th of the context at most.
+        # Packed texts take more memory than their share of the tokens, since numbers of tokens are rounded up.
         assert sum(lengths_of(512, 77)) / (512 * 77) < shares[0] < 0.3
         assert shares[1] < 0.9
 
