@@ -124,8 +124,8 @@ def test_memory_on_a_gpu(mode, dtype):
     assert measured == pytest.approx(run_loss(Problem(8192, dtype=dtype), mode, card).peak["loss"], rel=0.03)
 
 
-# The table of the distributed loss for four ranks: FLOPs over b N D, and rows that are sent forward, sent backward and
-# held. The first number of each pair counts rows in the features' dtype, the second rows in float32.
+# The table in kernels/contrastive/distributed.py for four ranks: FLOPs over b N D, and the rows of features that are
+# sent forward, sent backward and held. A pair of numbers counts rows in the features' dtype and rows in float32.
 DOCUMENTED = {
     "gather": (8, (3, 0), (0, 3), (4, 4)),
     "ring": (8, (3, 0), (3, 4), (2, 5)),

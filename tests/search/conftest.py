@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with two models, 24 pairs and their embeddings; pair 20 has pair 3's picture, and 21 has it larger."""
+    """Make two models, 24 pairs and their embeddings in a folder; pairs 20 and 21 have pair 3's picture, 21 larger."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("tqdm")
     folder = tmp_path_factory.mktemp("commands")
@@ -46,7 +46,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def faulty(tmp_path_factory):
-    """A folder with a model and pairs to embed in two shards, some of them unusable."""
+    """Make a folder with a model and two shards of pairs to embed, some of which are unusable."""
     folder = tmp_path_factory.mktemp("faulty")
     torch.manual_seed(0)
     export_open_clip(create_model(TINY), folder / "model")
@@ -57,17 +57,17 @@ def faulty(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(faulty, tmp_path_factory):
-    """The embeddings of ``faulty`` by one uninterrupted process."""
+    """Embed the pairs of ``faulty`` in one uninterrupted process, and return the folder of the embeddings."""
     output = tmp_path_factory.mktemp("whole") / "e"
     assert main(options(faulty, output)) == 0
     return output
 
 
 def png_of_size(width, height):
-    """Return a PNG to embed whose header has a false size."""
+    """Return a PNG picture to embed whose header states a false size."""
 
     def chunk(kind, content):
-        """Return a chunk of a PNG file, for a picture that the search meets."""
+        """Return a chunk of a PNG picture to embed: length, kind, content and checksum."""
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -77,7 +77,7 @@ def png_of_size(width, height):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder with a model, a folder of pictures for the search app, and a picture outside that a link leads to."""
+    """Make a model and a folder of pictures for the search app, which has a link to a picture outside the folder."""
     folder = tmp_path_factory.mktemp("app")
     torch.manual_seed(0)
     export_open_clip(create_model(TINY), folder / "model")
@@ -99,7 +99,7 @@ def encoder(folder):
 
 @pytest.fixture(scope="session")
 def embeddings(folder, encoder):
-    """The embeddings of six pictures, and three rows whose paths (absolute, a link, "..") lead out of the folder."""
+    """Return embeddings of six pictures, and three rows whose paths (absolute, link, "..") lead out of the folder."""
     names = [EVIL, *(f"{number}.png" for number in range(1, len(COLOURS)))]
     pixels = [encoder.transform(Image.open(folder / FOLDER / name)) for name in names]
     features = encoder.images(torch.stack([*pixels, *pixels[:3]]))
@@ -117,10 +117,10 @@ def embeddings(folder, encoder):
 
 @pytest.fixture(scope="session")
 def desk(folder, encoder, embeddings):
-    """Return the search app's desk for the embedded folder."""
+    """Return the Desk, which answers the requests of the search app, for the embedded folder."""
     return Desk(embeddings, encoder, Pictures([folder / FOLDER]))
 
 
 def rows(found):
-    """Return the numbers of the items that a page of the search app shows."""
+    """Return the rows (numbers of the embedded items) that a page of the search app shows."""
     return [int(row) for row in re.findall(r'data-row="(\d+)"', found)]

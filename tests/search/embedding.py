@@ -10,7 +10,7 @@ TINY = "ViT-T-8-32"
 
 
 def options(home: Path, output: Path, **changes) -> list[str]:
-    """Return the arguments of ``clipfast embed``; one that is None is left out, and one that is True has no value."""
+    """Return the arguments of ``clipfast embed``; None leaves an option out, and True makes it a switch."""
     given = {"model": f"local-dir:{home}/model", "data": f"{home}/a.tar::{home}/b.tar", "output": str(output)}
     given |= {"part-size": "50", "batch-size": "16"} | changes
     words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in given.items() if value]

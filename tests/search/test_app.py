@@ -1,4 +1,4 @@
-"""The app: what its functions answer."""
+"""The search app: the answers of its functions to searches, classifications and requests for heat maps."""
 
 import html
 import re
@@ -20,7 +20,7 @@ from .conftest import CAPTION, EVIL, FOLDER, rows
 
 
 def words_alone(desk, where="", k=9):
-    """Search the embedded folder by words alone."""
+    """Search the embedded folder by words, without a picture."""
     return desk.search("x", None, 0.5, where, k)
 
 
@@ -47,7 +47,7 @@ def test_similar_ones_of_an_item_are_others(desk, embeddings):
 def test_it_starts_with_pictures_and_with_queries_that_find_what_they_say(desk, encoder):
     assert rows(desk.start()) == list(range(9))
     texts = encoder.texts(["one", "two", "three"])
-    captions = {"caption": ["one", "<b>", "three"]}  # a false caption, which was not embedded
+    captions = {"caption": ["one", "<b>", "three"]}  # "<b>" is not the embedded text, "two"
     for metadata, expected in ((captions, ["one", "three"]), (None, [])):
         known = Desk(Embeddings(texts, metadata), encoder, Pictures([])).samples()
         assert re.findall('data-words="(.*?)"', known) == expected

@@ -1,4 +1,4 @@
-"""The served page of the app: what the guard before it lets through, and what it answers over HTTP."""
+"""The search app over HTTP: the requests that its guard lets through, and the app's answers."""
 
 import asyncio
 import http.client
@@ -61,7 +61,7 @@ def test_only_its_own_page_and_programs_may_ask(tmp_path):
         (403, call, {"content_length": ""}),
         (403, "/gradio_api/process_recording", {}),
         (200, call, {"origin": f"http://{HOME}", "sec_fetch_site": "same-origin"}),
-        (200, call, {}),  # a program, which sends no origin
+        (200, call, {}),  # a program, unlike a browser, sends no origin
         (403, call, {"origin": "http://evil.example"}),
         (403, call, {"origin": "null"}),
         (403, call, {"origin": f"http://{HOME}1"}),  # another port of this machine
@@ -91,7 +91,7 @@ def free_port():
 # CI does not install Gradio, which takes 30 s and 250 MB: the tests below run where it is installed.
 @pytest.fixture(scope="module")
 def served(desk):
-    """The port of the search app's page, which is served."""
+    """Serve the search app, and yield its port."""
     pytest.importorskip("gradio")
     port = free_port()
     with serving(desk, "<h1>title</h1>", port):
@@ -109,7 +109,7 @@ def ask(port, path, *, method="GET", body=None, headers=None):
 
 
 def call(port, name, *data):
-    """Ask a function of the page, as its browser does, and return its answer."""
+    """Call a function of the search app as a browser does, by two requests, and return its answer."""
     body = json.dumps({"data": data})
     status, told = ask(
         port, f"/gradio_api/call/{name}", method="POST", body=body, headers={"Content-Type": "application/json"}
@@ -121,7 +121,7 @@ def call(port, name, *data):
 
 
 def upload(port, content):
-    """Upload a picture to the search app, and return its path there."""
+    """Upload a picture to the search app, and return the description by which requests name it."""
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     status, told = ask(port, "/gradio_api/upload", method="POST", body=body, headers=headers)
@@ -161,10 +161,10 @@ def test_nothing_else_is_served(served, folder):
 
 @pytest.mark.parametrize("name", ["search", "classify", "heat_map"])
 def test_a_file_that_was_not_uploaded_is_not_looked_at(name, served, folder):
-    """Nor is told whether there is one, nor is an address fetched; whether or not Gradio takes it for a file."""
+    """The search app reads only uploaded pictures: for other paths and addresses, answers do not tell what is there."""
     address, headers = f"/gradio_api/call/{name}", {"Content-Type": "application/json"}
     paths = [folder / "outside.png", folder / "nothing.png", "setup.py", f"http://127.0.0.1:{served}/x.png", "a\0"]
-    # With ``meta``, Gradio refuses files in its own words, while addresses are refused by clipfast.
+    # Given ``meta``, Gradio itself refuses files, and clipfast refuses addresses, so there are two answers.
     for meta, answers in (({}, 1), ({"meta": {"_type": "gradio.FileData"}}, 2)):
         told = set()
         for path in paths:

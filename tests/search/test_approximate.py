@@ -1,4 +1,4 @@
-"""The approximate index: its recall, its use again, and that it is made anew when the embeddings change."""
+"""The approximate index of embeddings: recall, reuse of a saved index, and a new index for changed embeddings."""
 
 import pytest
 import torch

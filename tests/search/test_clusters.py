@@ -1,4 +1,4 @@
-"""Spherical k-means: its objective against scikit-learn's, empty clusters, blocks, and the same answer every time."""
+"""Spherical k-means: its objective against scikit-learn's, empty clusters, blocks, and equal results of equal runs."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from clipfast.search.clusters import spherical_k_means
 
 
 def blobs(count=600, k=6, width=16, noise=0.6, seed=0):
-    """Draw features in some clusters, and return them with the number of each one's cluster."""
+    """Draw features around ``k`` cluster centres, and return the features and the cluster of each."""
     random = torch.Generator().manual_seed(seed)
     centres = F.normalize(torch.randn(k, width, generator=random), dim=1)
     truth = torch.randint(0, k, (count,), generator=random)
@@ -17,7 +17,7 @@ def blobs(count=600, k=6, width=16, noise=0.6, seed=0):
 
 
 def objective(features, groups):
-    """The sum of the cosines with the directions of the clusters' sums, which are their best centres."""
+    """Return k-means' objective: the sum of the features' cosines with the directions of their clusters' sums."""
     sums = torch.zeros(int(groups.max()) + 1, features.shape[1]).index_add_(0, groups, features)
     return float(torch.linalg.vector_norm(sums, dim=1).sum())
 

@@ -1,4 +1,4 @@
-"""The commands on an embedded folder: their answers against plain computation, what they write, and wrong inputs."""
+"""Search commands (search, filter, cluster ...): answers against plain computation, files, and wrong inputs."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from ..small_runs import picture, run_command
 
 @pytest.fixture(autouse=True)
 def _here(home, monkeypatch):
-    """Run the search commands in the folder with the model and the data."""
+    """Change to the folder of the search commands' model and data."""
     monkeypatch.chdir(home)
 
 
@@ -62,7 +62,7 @@ def test_search_by_text_image_and_both(capsys, encoder):
         found = results(capsys, *arguments)["queries"][0]["found"]
         scores = unit(items) @ unit(query)
         best = scores.topk(4).values.tolist()
-        assert [one["score"] for one in found] == pytest.approx(best, abs=2e-3)  # the stored features are float16
+        assert [one["score"] for one in found] == pytest.approx(best, abs=2e-3)  # the embeddings are stored in float16
         assert [float(scores[one["place"]]) for one in found] == pytest.approx(best, abs=2e-3)
         assert [one["caption"] for one in found] == [captions[one["place"]].as_py() for one in found]
 
@@ -98,7 +98,7 @@ def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
 
 @pytest.fixture(scope="module")
 def loose(home):
-    """The embeddings of a folder of pictures without captions."""
+    """Embed a folder of pictures without captions, and return the name of the folder of embeddings."""
     (home / "loose").mkdir()
     for index in range(6):
         (home / "loose" / f"{index}.png").write_bytes(picture(index))
@@ -160,7 +160,7 @@ def files_of(path):
 
 
 def check_shards(folder, places, sizes):
-    """Check that the shards of ``clipfast filter`` hold the files of these samples, renumbered, in these numbers."""
+    """Check that shards of ``clipfast filter`` hold the samples ``places`` under new keys, ``sizes`` in each shard."""
     source, kinds = files_of("data.tar"), ("png", "txt", "json")
     shards = [files_of(path) for path in sorted(folder.iterdir())]
     expected = {f"{place:09}.{kind}": source[f"{place:03}.{kind}"] for place in places for kind in kinds}
@@ -187,7 +187,7 @@ def test_cluster(capsys, home):
     page = (home / "clusters.html").read_text()
     assert all(f"cluster {one['cluster']}: {one['name']} ({one['size']:,} in" in page for one in found["clusters"])
     assert {one["name"] for one in found["clusters"]} <= {"even", "odd"}
-    named = results(capsys, "cluster", "pictures", "--k", "2")["clusters"]  # named by captions
+    named = results(capsys, "cluster", "pictures", "--k", "2")["clusters"]  # clusters are named by captions
     assert all(one["name"] == one["nearest"][0]["caption"] for one in named)
 
 

@@ -1,4 +1,4 @@
-"""Groups of near duplicates, and which item of each is kept, against a plain computation in NumPy."""
+"""Groups of near duplicates, and the items of a group that are kept, against a plain computation in NumPy."""
 
 import numpy as np
 import pytest
@@ -12,16 +12,16 @@ from clipfast.search.duplicates import near_duplicates
 
 @pytest.fixture(scope="module")
 def planted():
-    """Features with copies, a chain and clusters, texts, and metadata with equal digests and equal sizes."""
+    """Return embeddings with near duplicates: copies, a chain, clusters, equal digests, and pictures of equal sizes."""
     random = np.random.default_rng(0)
     x, texts = random.standard_normal((2, 200, 16))
     for place in range(1, 60):  # a chain of near duplicates
         x[place] = x[place - 1] / np.linalg.norm(x[place - 1]) + 0.04 * random.standard_normal(16)
-    for own in np.split(np.arange(60, 120), 5):  # clusters, of which the last three members are equal but for lengths
+    for own in np.split(np.arange(60, 120), 5):  # clusters, whose last three members differ only in length
         x[own] = x[own[0]] + 0.2 * random.standard_normal((12, 16))
         x[own[-3:]] = x[own[-1]] * np.array([[1], [2], [0.5]])
-        texts[own[-3:]] = x[own[-1]]  # these pairs have the best score, which is equal for all
-    md5, sha256 = [None] * 198 + ["a", "a"], ["b", *map(str, range(198)), "b"]  # the latter joins an item to the chain
+        texts[own[-3:]] = x[own[-1]]  # the last three members have the best score, all the same
+    md5, sha256 = [None] * 198 + ["a", "a"], ["b", *map(str, range(198)), "b"]  # sha256 "b" joins an item to the chain
     order = random.permutation(200)
     sizes = random.choice([10, 20, 40], (2, 200)).tolist()
     digests = {name: [one[place] for place in order] for name, one in (("md5", md5), ("sha256", sha256))}
@@ -36,7 +36,7 @@ def cosines(x, y):
 
 
 def near_ones(embeddings, threshold):
-    """Return for each two items whether they are near duplicates, [N, N]."""
+    """Return the matrix [N, N] of near duplicates: embeddings with a cosine of ``threshold``, or equal digests."""
     x = embeddings.features.double().numpy()
     near = cosines(x[:, None], x) >= threshold
     for name in ("md5", "sha256"):
@@ -47,7 +47,7 @@ def near_ones(embeddings, threshold):
 
 @pytest.mark.parametrize("keep", ["first", "largest", "best"])
 def test_groups_and_what_is_kept(planted, keep, monkeypatch):
-    """An item is kept unless it is a near duplicate of a better one that is kept; links make the groups."""
+    """An item is kept unless it is a near duplicate of a better kept item. Groups are connected components."""
     x, texts = planted.features.double().numpy(), planted.text_features.double().numpy()
     width, height = (np.array(planted.metadata.column(name).to_pylist(), dtype=float) for name in ("width", "height"))
     worth = {"first": -np.arange(len(x)), "largest": np.nan_to_num(width) * height, "best": cosines(x, texts)}[keep]
@@ -65,14 +65,14 @@ def test_groups_and_what_is_kept(planted, keep, monkeypatch):
             assert near[group.dropped, group.of].all()
             assert set(group.of) <= set(group.kept)
             np.testing.assert_allclose(group.similarity, cosines(x[group.dropped], x[group.of]), rtol=0, atol=1e-12)
-        with monkeypatch.context() as patch:  # the same to the last bit, however many blocks there are
+        with monkeypatch.context() as patch:  # smaller blocks give the same bits
             for name, size in (("ROWS", 24), ("COLUMNS", 8), ("RESCORED", 100)):
                 patch.setattr(similar, name, size)
             assert near_duplicates(planted, threshold, keep) == found
 
 
 def test_a_chain_keeps_what_is_unlike_and_says_the_most_similar():
-    angles = torch.tensor([0.0, 0.2, 0.41, 0.6, 0.8, 1.0])  # each is nearer than 0.25 to the next, and to no other
+    angles = torch.tensor([0.0, 0.2, 0.41, 0.6, 0.8, 1.0])  # neighbours differ by less than 0.25, others by more
     chain = Embeddings(torch.stack([angles.cos(), angles.sin()], 1), {"md5": ["a", None, None, None, None, "a"]})
     (group,) = near_duplicates(chain, float(np.cos(0.25)))
     assert (group.kept, group.dropped, group.of) == ([0, 2, 4], [1, 3, 5], [0, 2, 4])

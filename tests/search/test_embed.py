@@ -1,4 +1,4 @@
-"""clipfast embed: the same content however it is made, interrupted or shared; and clear words where it cannot be."""
+"""clipfast embed: the same embeddings by one process or several, also after a kill; and errors for wrong inputs."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ def test_ranks_share_the_parts_and_give_the_same(whole, faulty, tmp_path):
 
 
 def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, capsys):
-    """It is killed while it writes each of its files, one after the other."""
+    """``clipfast embed`` is killed once in each file that it writes, and goes on without making a part again."""
     expected, folder, replace = content(whole), tmp_path / "e", files.replace_file
 
     class Killed(BaseException):
@@ -76,7 +76,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
             break
         assert content(folder).items() <= expected.items()
         assert times(folder, "*_0*").items() >= before.items(), "parts are made again"
-        # Otherwise only the list of left-out samples is missing.
+        # Embeddings with the last table can be opened: they lack at most the list of left-out samples.
         if not (folder / "metadata/metadata_0004.parquet").exists():
             with pytest.raises(ValueError, match=r"lacks|holds no embeddings"):
                 Embeddings.open(folder)
@@ -85,7 +85,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
 
 
 def times(folder, pattern):
-    """Return the times of the files in a folder of embeddings, which tell the ones that were written again."""
+    """Return the modification times of files in a folder of embeddings, to tell which files are written again."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
 
@@ -160,7 +160,7 @@ def test_two_at_once_are_refused(faulty, tmp_path, capsys):
 
 @pytest.mark.long
 def test_ray_gives_the_same_though_an_actor_is_killed(whole, faulty, tmp_path, capsys, monkeypatch):
-    """It is killed between the images and the texts of the third part."""
+    """A Ray actor of ``clipfast embed`` is killed between writing the images and the texts of the third part."""
     pytest.importorskip("ray")
     mark = tmp_path / "killed"
 

@@ -1,4 +1,4 @@
-"""clipfast embed takes the samples of each kind of source that it should, with their metadata."""
+"""clipfast embed: the samples and metadata that it takes from each kind of source, such as shards and folders."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
     half = Embeddings.open(whole)  # embeddings in float16, which is the default
     assert torch.equal(half.features, found.features.half())
     assert torch.equal(half.text_features, found.text_features.half())
-    bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # a pair is usable without a json
+    bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # pairs with a faulty json are usable
     rows = found.metadata.to_pylist()
     assert [row["number"] for row in rows] == sorted({*range(217)}.difference(bad))
     assert rows[-1]["image_path"] == f"{faulty}/b.tar/016.png"
@@ -49,7 +49,7 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
 
 
 def photos(folder: Path, *names: str) -> Path:
-    """Make a folder of pictures to embed, each another one."""
+    """Write a folder of pictures to embed, no two of which are equal."""
     for seed, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(picture(seed, size=20 + seed))
@@ -57,7 +57,7 @@ def photos(folder: Path, *names: str) -> Path:
 
 
 def test_a_folder_of_pictures_needs_nothing_else(faulty, tmp_path, capsys):
-    """Pictures as people have them: in folders, without captions, with names and files of all kinds."""
+    """Folders of pictures are embedded as people have them: without captions, with odd names, among other files."""
     names = ["IMG_1.JPG", '2024/day 1/it\'s "us".png', "2024/day 1/<img onerror=alert(1)>.png", "2024/b.webp"]
     folder = photos(tmp_path / "photos", *names, ".hidden/a.png")
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(picture(9))
@@ -70,7 +70,7 @@ def test_a_folder_of_pictures_needs_nothing_else(faulty, tmp_path, capsys):
     assert "2024/broken: not an image" in said
     assert said.count("2 heic") == said.count("1 pdf") == 1
     of_items = Samples.of(found.about)
-    again = [of_items.read(number).image for number in table["number"]]  # even if the path cannot be written as text
+    again = [of_items.read(number).image for number in table["number"]]  # even if the path is no valid UTF-8
     assert [one.size for one in again] == list(zip(table["width"], table["height"], strict=True))
     encoder = Encoder.load(f"local-dir:{faulty}/model", device="cpu")
     queries = encoder.images(torch.stack([encoder.transform(one) for one in again]))
@@ -84,7 +84,7 @@ def test_a_folder_of_pictures_needs_nothing_else(faulty, tmp_path, capsys):
 
 
 def test_pictures_without_captions_are_not_lost_without_a_word(faulty, tmp_path, capsys):
-    """One caption among the first pictures is enough for texts to be embedded, which costs those that have none."""
+    """If one of the first pictures has a caption, texts are embedded, and pictures without a caption are left out."""
     data = photos(tmp_path / "photos", "0.png", "1.png", "2.png")
     (data / "0.txt").write_text("a thing")
     for images, count in ((None, 1), (True, 3)):
@@ -151,7 +151,7 @@ def test_columns_have_the_types_of_their_values():
     assert table.column("string").to_pylist() == ["a", None, "?"]
     assert table_of([]).num_rows == 0
     large = table_of([own | {"n": value} for value in (0.5, 2**53 + 1)], with_images=False)
-    assert str(large.schema.field("n").type) == "double"  # a comparison of numbers still works
+    assert str(large.schema.field("n").type) == "double"  # so ``--where`` can compare numbers
 
 
 def test_a_part_without_a_usable_sample(faulty, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The processes that read and decode for clipfast embed: how many, and the words when one of them is lost."""
+"""The data workers of clipfast embed: their number, and the error if one of them is lost."""
 
 import multiprocessing
 import os
@@ -24,14 +24,14 @@ from .embedding import options
 
 @pytest.fixture
 def work(faulty, tmp_path) -> Work:
-    """Return the work of embedding the samples of a shard, of which some are unusable."""
+    """Return the Work of embedding the samples of a shard."""
     encoder = Encoder.load(f"local-dir:{faulty}/model", device="cpu")
     return Work(encoder, Samples(f"{faulty}/b.tar"), tmp_path, batch_size=4)
 
 
 @pytest.mark.parametrize("method", ["_encode", "_write"])
 def test_a_worker_that_is_lost_is_named(faulty, tmp_path, monkeypatch, capsys, method):
-    """PyTorch reports the loss at any moment, which may be one without any call of PyTorch's."""
+    """A lost data worker is named, though PyTorch may report the loss at a moment without any call of PyTorch."""
 
     def kill_workers(*_) -> None:
         """Kill the data workers that read samples to embed."""
@@ -50,7 +50,7 @@ def test_a_worker_that_is_lost_is_named(faulty, tmp_path, monkeypatch, capsys, m
 
 @pytest.mark.parametrize("method", ["_encode", "_write"])
 def test_an_error_at_the_end_is_not_taken_for_the_loss_of_a_worker(work, monkeypatch, method):
-    """The workers have ended by then, since nothing is left for them to do."""
+    """Data workers end when all samples are read, so an error after that is not the loss of a worker."""
 
     def failing(*_) -> None:
         """Fail after the data workers of the embedding have ended."""
@@ -74,7 +74,7 @@ def test_images_that_wait_are_not_in_shared_memory(work, tmp_path, monkeypatch):
 
 
 def test_by_default_workers_are_as_many_as_there_is_room_for(work, monkeypatch):
-    """``room`` is of batches; each worker holds two, and half of the room is left to others."""
+    """``room`` is the free memory in batches. Each data worker holds two batches, and half of the memory stays free."""
     work.batch_size = None
     assert work.batch_bytes == SMALL_BATCH * 3 * 32 * 32
     for cores, device, room, expected in (

@@ -20,7 +20,7 @@ COLUMNS = {"caption": ["A cat", "a dog, asleep", None, "two cats"], "width": [64
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return the folder to which the tests save embeddings."""
+    """Return the path of the folder to which tests save embeddings."""
     return tmp_path / "e"
 
 
@@ -90,7 +90,7 @@ def test_search_of_one_query_of_texts_and_of_what_may_be_found():
 
 def test_appended_items_are_found_and_saved(folder):
     first, more = saved(folder), unit(12, seed=3)
-    first.features, first.metadata  # noqa: B018  which are kept, and then out of date
+    first.features, first.metadata  # noqa: B018  caches both, so that append must renew them
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
     opened = Embeddings.open(folder)
     for held in (first, opened):
@@ -127,12 +127,12 @@ def test_columns_that_differ_between_parts():
 
 
 def holding(*shape, dtype=np.float32):
-    """Return a function that replaces a file of embeddings by zeros of this shape."""
+    """Return a function that damages embeddings: it replaces a file by zeros of this shape."""
     return lambda path: np.save(path, np.zeros(shape, dtype))
 
 
 def cut(size):
-    """Return a function that cuts off a file of embeddings."""
+    """Return a function that damages embeddings: it truncates a file to ``size`` bytes."""
     return lambda path: os.truncate(path, size)
 
 

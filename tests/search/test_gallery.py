@@ -1,4 +1,4 @@
-"""The page of found pictures: what it shows of hostile text, that it loads nothing, and how it works in a browser."""
+"""The gallery, an HTML page of found pictures: it escapes hostile text, loads nothing, and works in a browser."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ QUOTES = "\"quoted\" 'folder' &amp;"
 
 
 class Document(HTMLParser):
-    """The elements of a page, as pairs of a tag and its attributes, and the page's text."""
+    """The parsed gallery page: its elements, as pairs of a tag and its attributes, and its text."""
 
     def __init__(self, path) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class Document(HTMLParser):
         self.text += data
 
     def all(self, tag, key):
-        """Return the values of an attribute of all elements of the gallery that have it."""
+        """Return the values of the attribute ``key`` in the gallery's elements ``tag``, where they have it."""
         return [attributes[key] for name, attributes in self.elements if name == tag and key in attributes]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A gallery page whose every text is hostile, beside the folder of its pictures, and the size that is returned."""
+    """Write a gallery page whose every text is hostile, and return its path and the size that was reported."""
     path = tmp_path_factory.mktemp("pages") / "page.html"
     pictures = path.parent / QUOTES
     pictures.mkdir()

@@ -1,4 +1,4 @@
-"""Heat maps: features of patches against plain PyTorch from the state dict, windows, and the command."""
+"""Heat maps: features of patches against plain PyTorch, windows over large images, and the command."""
 
 import functools
 from pathlib import Path
@@ -20,7 +20,7 @@ TEXT = TextConfig(context_length=16, vocab_size=512, width=64, heads=1, layers=1
 
 
 def tiny(kind=CLIPConfig, embed_dim=24, **changes):
-    """Make the model of the heat maps, whose images are 32 pixels wide and its patches 8, with ``changes``."""
+    """Make a tiny model for heat maps, with images of 32 pixels and patches of 8 unless ``changes`` say otherwise."""
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_width": 32} | changes
     return build(kind(embed_dim=embed_dim, vision=VisionConfig(**vision), text=TEXT)).eval()
@@ -45,7 +45,7 @@ def images():
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_features_of_patches(vit, images, backend):
-    """Plain PyTorch goes on from the outputs of the two blocks."""
+    """Dense features equal those of plain PyTorch, computed from the outputs of the tower's two blocks."""
     options = {"intermediates_only": True, "output_fmt": "NLC"}
     first, tokens = vit.visual.forward_intermediates(images, **options)["image_intermediates"]
     block, norm = vit.visual.transformer.resblocks[1], vit.visual.ln_post
@@ -62,7 +62,7 @@ def test_features_of_patches(vit, images, backend):
 
 @torch.no_grad()
 def test_values_of_siglip_average_to_its_feature():
-    """Of one patch, attention pooling is its value."""
+    """SigLIP's attention pooling over a single patch returns the patch's value, so the dense feature is the image's."""
     model = tiny(SigLIPConfig, 64, image_size=16)
     image = drawn(2, 3, 8, 8)
     expected = model.encode_image(image)[:, None, None]
@@ -109,7 +109,7 @@ def test_one_window_is_the_map_of_its_patches(vit, images):
 
 @pytest.mark.parametrize("size", [(32, 32), (7, 90), (41, 33), (100, 64)])
 def test_windows_cover_images_of_any_size(vit, size):
-    """Windows are computed in batches, which change nothing."""
+    """Heat maps cover the whole image, and do not depend on the number of windows in a batch."""
     image, texts = torch.full((3, *size), 77, dtype=torch.uint8), drawn(2, 24)
     maps = heat_maps(vit, image, texts, stride=5, batch_size=7)
     assert maps.shape == (2, *size)
@@ -118,7 +118,7 @@ def test_windows_cover_images_of_any_size(vit, size):
 
 
 def test_a_window_that_moves_moves_the_map(vit, images):
-    """What is in the picture is found where it is, in rows as in columns."""
+    """If a pattern moves in a picture, the heat map around it moves with it."""
     image = torch.full((3, 96, 160), 128, dtype=torch.uint8)
     moved = image.clone()
     image[:, 40:56, 24:40] = moved[:, 40:56, 88:104] = images[0, :, :16, :16]

@@ -1,6 +1,7 @@
 """A NaFlex model embeds, evaluates and finds pictures in their own aspect.
 
-Its tower and its images are held to timm's in tests/models and tests/data: here, each picture is encoded by itself.
+The tests compare with features of pictures that are encoded one by one. The tower and the image preprocessing are
+compared with timm's in tests/models and tests/data.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ SIZES = [(90, 30), (30, 90), (40, 40), (200, 21), (64, 48), (48, 64), (17, 33), 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A NaFlex model with random weights, and ten pictures of several aspects, which lie in the folders of classes."""
+    """Make a NaFlex model with random weights, and ten pictures of several aspects in folders of classes."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("tqdm")
     folder = tmp_path_factory.mktemp("naflex")
@@ -48,7 +49,7 @@ def home(tmp_path_factory):
 
 
 def one_by_one(home, paths, most):
-    """Return the features of pictures that are encoded each by itself, with the transform of users."""
+    """Return the features of pictures that the public transform and model encode one by one."""
     given = f"local-dir:{home}/model"
     model, _, transform = clipfast.create_model_and_transforms(given, force_image_seq_len=most)
     assert transform.max_patches == most

@@ -1,4 +1,4 @@
-"""Pairs of similar features: edges of blocks, ties, and thresholds that are met exactly."""
+"""Search for pairs of similar features: edges of blocks, ties, and cosines that equal the threshold."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def brute_force(features, threshold):
 
 
 def planted(count, dtype=torch.float32):
-    """Embeddings of which each is like another one, equal to it, scaled or nearly equal."""
+    """Return features of which each is similar to another one: equal up to its length, or nearly so."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(count // 2 + 1, 16, generator=random).repeat(2, 1)[:count]
     noise = 0.5 * torch.randn(count, 16, generator=random) * torch.linspace(0, 1, count)[:, None]
@@ -37,7 +37,7 @@ def test_equal_to_brute_force_at_every_edge_of_blocks(dtype, monkeypatch):
 
 
 def test_a_threshold_that_is_met_exactly():
-    x = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [3e-30, 4e-30]])  # cosines of 0.6, 0.8 and 1
+    x = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [3e-30, 4e-30]])  # their cosines are 0.6, 0.8 and 1
     assert similar_pairs(x, 0.8).places.tolist() == [[1, 2], [1, 3], [2, 3]]
     assert similar_pairs(x, 0.8 + 1e-12).places.tolist() == [[1, 3]]
     x = F.normalize(torch.randn(50, 512), dim=1).half().repeat(2, 1)

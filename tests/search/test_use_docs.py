@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the model and the data that the page on searching names."""
+    """Make a folder with the model and the data that docs/use.md names."""
     folder = tmp_path_factory.mktemp("use")
     torch.manual_seed(0)
     export_open_clip(create_model("ViT-T-8-32"), folder / "runs/demo")
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.long
 def test_the_page(folder, tmp_path, monkeypatch, capsys):
-    """In the order of the page, since some go on with what others have made."""
+    """The commands and programs of docs/use.md run in their order, since later ones read files of earlier ones."""
     monkeypatch.chdir(folder)
     lacking = [word for word in ("open_clip:", "faiss") if importlib.util.find_spec(word.strip(":")) is None]
     for number, (kind, block) in enumerate(BLOCKS):
@@ -52,7 +52,7 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
             continue
         for line in block.splitlines():
             program, *arguments = shlex.split(line)
-            # The commands of the page run on fewer emoji, which takes less time.
+            # The test replaces the page's bundled emoji by fewer images, which takes less time.
             arguments = ["data/{000..001}.tar" if word.startswith("bundled:") else word for word in arguments]
             if any(word in line for word in lacking):
                 continue
@@ -60,11 +60,11 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
                 start = arguments.index("--") + 1
                 assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
                 (tmp_path / f"{number}").mkdir()
-                given = [[*arguments[start:], "--workers", "0"]]  # these processes can have no workers
+                given = [[*arguments[start:], "--workers", "0"]]  # a daemonic process cannot start data workers
                 assert run_ranks(as_rank, 2, str(folder), given, folder=tmp_path / f"{number}") == [[""], [""]]
                 continue
             assert program == "clipfast"
-            if arguments[0] == "app":  # the app serves until it is stopped: everything before serving is tested
+            if arguments[0] == "app":  # the app would serve until it is stopped, so serving is left out
                 parser = Parser()
                 add_parser(parser.add_subparsers())
                 assert desk_of(parser.parse_args(arguments)).search("a cat", None, 0.5, "", 3)
