@@ -129,7 +129,8 @@ def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
     """Check the arguments of ``clipfast interpolate`` before anything is read.
 
     Raises:
-        ValueError: there is nothing to do, an alpha is out of range, or a set or a file cannot be used.
+        ValueError: neither ``--val-data`` nor ``--save`` is given, an alpha is out of range, or a set or a file cannot
+            be used.
     """
     if not args.val_data and args.save is None:
         raise ValueError("--val-data or --save is needed: what to evaluate on, or what to write")

@@ -145,7 +145,7 @@ def read_class_map(path: Path) -> ClassMap:
     It maps each label to a label of the base, the index of a class of the base, or a list of these.
 
     Raises:
-        ValueError: the file does not exist, or holds something else.
+        ValueError: the file does not exist, or does not hold a class map.
     """
     content = read_json(path)
     if not isinstance(content, dict):

@@ -22,7 +22,8 @@ class Classified(NamedTuple):
     Attributes:
         classnames: the labels of the classes.
         classes: [N], the index of each image's class.
-        best: [N, 5], the indices of the classes with the highest scores, the best first; fewer if there are fewer.
+        best: [N, 5], the indices of the classes with the highest scores, the best first; all classes if
+            there are fewer than five.
         ahead: [N], the number of other classes that score at least as high as the image's own.
     """
 

@@ -172,7 +172,7 @@ def read_cases(files: Sequence[Path], form: str, folder: str | None) -> tuple[Pi
             folder.
 
     Raises:
-        ValueError: a file cannot be read, a record lacks something, or the folder does not exist.
+        ValueError: a file cannot be read, a record lacks a value, or the folder does not exist.
     """
     beside = [files[0].parent / name for name in IMAGE_FOLDERS]
     root = Path(folder) if folder else next((path for path in beside if path.is_dir()), files[0].parent)

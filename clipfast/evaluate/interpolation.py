@@ -109,7 +109,7 @@ class Interpolation:
 
         Raises:
             ValueError: ``alpha`` is not from 0 to 1.
-            FileExistsError: there is something at ``folder``.
+            FileExistsError: ``folder`` exists.
             DiskFullError: there is no space.
         """
         weights = self.weights(alpha)

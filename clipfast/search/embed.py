@@ -101,7 +101,7 @@ class Work:
         samples: the source.
         folder: the folder into which the parts are written.
         precision: the precision in which features are stored, "fp16" or "fp32"; with "fp8", the model computes in 8
-            bits, and they are stored in fp16.
+            bits, and features are stored in fp16.
         part_size: the number of samples of a part, usable or not.
         batch_size: the number of samples that are encoded at once; None for a number that suits the device.
     """
@@ -134,7 +134,7 @@ class Work:
         """Write ``about.json`` into the folder of embeddings, or compare it with the existing one.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds other files, or embeddings of another model, other data or other options.
         """
         there = read_about(self.folder)
         if not there:
