@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from .inspect_checkpoint import describe
 
     if args.destination is None:
-        raise ValueError("name what to write: clipfast convert SRC DST --to LAYOUT")
+        raise ValueError("name the file or folder to write: clipfast convert SRC DST --to LAYOUT")
     info = convert_checkpoint(
         args.source, args.destination, args.to, model=args.model, activation=args.activation,
         image_size=args.image_size, context_length=args.context_length, trust=args.trust,

@@ -123,7 +123,7 @@ def check_unwatched(args: argparse.Namespace) -> None:
         ValueError: there is no ``--model``, or a flag needs ``--watch``.
     """
     if not args.model:
-        raise ValueError("--model or --watch is needed: what to evaluate")
+        raise ValueError("--model or --watch is needed: the model or the run to evaluate")
     if args.raw or args.interval is not None:
         name = "--raw" if args.raw else "--interval"
         raise ValueError(f"{name} is for the checkpoints of a run: give --watch RUN in place of --model")

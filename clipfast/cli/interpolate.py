@@ -133,7 +133,7 @@ def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
             be used.
     """
     if not args.val_data and args.save is None:
-        raise ValueError("--val-data or --save is needed: what to evaluate on, or what to write")
+        raise ValueError("--val-data or --save is needed: data to evaluate on, or a folder to write")
     if (args.plot or args.json) and not args.val_data:
         raise ValueError("--plot and --json need --val-data")
     wrong = [alpha for alpha in alphas if not 0 <= alpha <= 1]

@@ -94,7 +94,7 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
         ValueError: there is no query, texts and pictures do not make pairs, or a number is out of range.
     """
     if not texts and not args.image:
-        raise ValueError("give what to search for: --text, --queries or --image")
+        raise ValueError("give a query to search for: --text, --queries or --image")
     if texts and args.image and 1 not in (len(texts), len(args.image)) and len(texts) != len(args.image):
         raise ValueError(
             f"{len(texts)} texts and {len(args.image)} pictures: give as many of both, or one of either, which is "

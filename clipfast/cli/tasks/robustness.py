@@ -136,11 +136,11 @@ def _check(args: argparse.Namespace) -> None:
         ValueError: there is no shift, or arguments do not fit together.
     """
     if not args.shift and args.synthetic is None:
-        raise ValueError("--shift or --synthetic is needed: what to compare with --data")
+        raise ValueError("--shift or --synthetic is needed: shifted images to compare with --data")
     if args.examples and args.synthetic is None:
         raise ValueError("--examples draws synthetic shifts: give --synthetic")
     if not args.model:
-        raise ValueError("--model is needed: what to evaluate")
+        raise ValueError("--model is needed: the model to evaluate")
 
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
