@@ -99,8 +99,8 @@ def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool 
             start = _composed(args, given, newest)
     if start.origins.get("name", BY_TIME) == BY_TIME and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise ValueError(
-            "torchrun --max-restarts runs the same command again, which must find the run, and a name by time would be "
-            "another one: give --name"
+            "torchrun --max-restarts runs the same command again, which must find the run; the default name contains "
+            "the time, and would be of another run: give --name"
         )
     return start
 
@@ -250,8 +250,8 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
         raise ValueError(f"{source} imports {options['opt']!r}: to use it, give --opt yourself")
     if "remote_sync" not in given and options.get("remote_sync"):
         raise ValueError(
-            f"{source} copies the run to {options['remote_sync']}: give --remote-sync yourself to go on with that, or "
-            "--remote-sync '' to leave it"
+            f"{source} copies the run to {options['remote_sync']}: give --remote-sync yourself to keep this copy, or "
+            "--remote-sync '' for none"
         )
     return options
 
@@ -284,7 +284,7 @@ def commands(options: Mapping[str, Any]) -> Iterator[list[str]]:
     if unknown:
         raise ValueError(
             f"without --train-data this only evaluates, and clipfast eval does not have {unknown}: give the model as "
-            "local-dir:FOLDER, whose open_clip_config.json says it"
+            "local-dir:FOLDER, whose open_clip_config.json sets this"
         )
     if options.get("naflex_patch_sizes"):
         raise ValueError(

@@ -52,11 +52,11 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
     if here:
         value = f"{len(indexed):,} of {len(here):,} here, with {sum(shard.count for shard in indexed):,} samples"
         command = source_command(["index", pattern, "--workers", str(cores())], options)
-        fix = f"{command}: otherwise the run begins with it"
+        fix = f"{command}: otherwise the run begins by indexing"
         yield judged("indexed", value, NOTE, fix, applies=len(indexed) < len(here))
     damaged = [shard.name for shard in indexed if shard.damage]
     if damaged:
-        fix = "correct it, or make it anew: a run reads what is left of it"
+        fix = "correct it, or make it anew: a run reads the samples that are left in it"
         yield Finding("damaged", f"{len(damaged):,} of them; the first is {damaged[0]}", NOTE, fix)
     yield pairs
     if options.get("all"):

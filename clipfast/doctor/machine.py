@@ -112,7 +112,7 @@ def gpus(root: Path = ROOT) -> Iterator[Finding]:
     if torch.cuda.device_count():
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not (root / DRIVER).exists():
-        value = "none: there is no driver of NVIDIA, or CUDA_VISIBLE_DEVICES hides them"
+        value = "none: there is no driver of NVIDIA, or CUDA_VISIBLE_DEVICES hides its GPUs"
         yield Finding("GPU", value, NOTE, "training runs on the CPU, which is slow but for small models")
         return
     fix = "install a PyTorch for CUDA: this one is built for CPUs (https://pytorch.org/get-started)"
@@ -195,7 +195,7 @@ def default_run(logs: Path) -> Iterator[Finding]:
     try:
         yield Finding("before it starts", str(preflight(config, RunFolder(logs / "doctor"), {})))
     except ValueError as error:
-        yield Finding("before it starts", str(error), PROBLEM, "as it says; a run refuses to start otherwise")
+        yield Finding("before it starts", str(error), PROBLEM, "follow this message: a run refuses to start otherwise")
 
 
 def looked(look: Callable[[], Iterable[Finding]], *, traceback: bool = False) -> list[Finding]:

@@ -70,7 +70,7 @@ class Lock:
                 f"the earlier folder is {where}"
             ) from error
         before.close()
-        log.warning(f"{self.folder} was renamed or removed, and is made again; the earlier folder is {where}")
+        log.warning(f"{self.folder} was renamed or removed: it is made again; the earlier folder is {where}")
         return True
 
     def _refuse_another(self) -> None:

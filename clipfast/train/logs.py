@@ -74,7 +74,7 @@ class Meters:
         whole = "" if None in flops else "as if each image had all patches that its batch drew, "
         return (
             f"MFU: a step has {shown} TFLOP of the model, with all padding of texts, {whole}and "
-            f"without recomputed activations; {ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the "
+            f"without what is computed a second time; {ranks} x {card.name} reach {peak / 1e12:,.4g} TFLOP/s by the "
             "data sheet"
         )
 

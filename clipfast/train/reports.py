@@ -87,7 +87,7 @@ def backends(report_to: str) -> set[str]:
     names = {name.strip() for name in report_to.split(",")} - {""}
     unknown = sorted(names - set(BACKENDS))
     if unknown:
-        hint = "trackio has no backend here: use wandb, or read metrics.jsonl" if unknown == ["trackio"] else ""
+        hint = "clipfast does not report to trackio: use wandb, or read metrics.jsonl" if unknown == ["trackio"] else ""
         raise ValueError(
             f"--report-to must be of {', '.join(BACKENDS)}, joined by commas, got {report_to!r}"
             f"{f'; {hint}' if hint else ''}"

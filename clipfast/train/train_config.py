@@ -136,15 +136,15 @@ class TrainConfig(NaFlexOptions, DataOptions):
         None, "keep an exponential moving average of the weights with this decay, which is evaluated and exported in "
         "their place; over the first steps the decay rises to this value (default: no average)", float, **BELOW_1,
     )  # fmt: skip
-    lock_image: bool = option(False, "keep the image tower as it is", bool)
+    lock_image: bool = option(False, "do not train the image tower", bool)
     lock_image_unlocked_groups: int = option(
         0, "train so many parts of the locked image tower, counted from its output: the projection or attention "
         "pooling, then the blocks or stages", int, not_negative=True,
     )  # fmt: skip
     lock_image_freeze_bn_stats: bool = option(
-        False, "let BatchNorm use the statistics that it has in the locked parts of the image tower", bool
+        False, "keep the running statistics of BatchNorm in the locked parts of the image tower", bool
     )
-    lock_text: bool = option(False, "keep the text tower as it is", bool)
+    lock_text: bool = option(False, "do not train the text tower", bool)
     lock_text_unlocked_layers: int = option(
         0, "train so many parts of the locked text tower, counted from its output: the projection, then the blocks",
         int, not_negative=True,
@@ -282,7 +282,7 @@ class TrainConfig(NaFlexOptions, DataOptions):
         None, "steps between two lines of metrics.jsonl (default: --log-every-n-steps)", int, positive=True
     )
     report_to: str = option(
-        "", "further places for the figures of the run: wandb, or all; TensorBoard's files are always written, to "
+        "", "where else to report the run's metrics: wandb, or all; TensorBoard's files are always written, to "
         "tensorboard/ in the run's folder",
     )  # fmt: skip
     wandb_project_name: str = option("open-clip", "project in Weights & Biases")

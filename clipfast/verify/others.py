@@ -278,7 +278,7 @@ def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         results = _tuple(function(**inputs))
         for result in results:
             if not isinstance(result, Tensor):
-                raise TypeError(f"it must return a tensor or a tuple of them, got {type(result).__name__}")
+                raise TypeError(f"the function must return a tensor or tensors in a tuple, got {type(result).__name__}")
         return results[0] if len(results) == 1 else results
 
     call.__name__ = name
