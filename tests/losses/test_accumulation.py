@@ -1,4 +1,6 @@
-"""Gradients by micro-batches equal those of one graph, also with dropout and batch normalisation."""
+"""Test that gradients accumulated over micro-batches equal those of one graph, also with dropout and batch
+normalisation.
+"""
 
 import copy
 import weakref
@@ -27,7 +29,7 @@ VISION = {
 
 
 class Toy(nn.Module):
-    """Towers with dropout and batch normalisation, a scale and, on request, a bias."""
+    """A small model of two towers with dropout, batch normalisation, a logit scale and, on request, a logit bias."""
 
     def __init__(self, bias=False, output_dict=False):
         super().__init__()
@@ -64,7 +66,7 @@ def batch(pairs=16, dtype=torch.float64):
 
 
 def in_one_graph(model, images, texts, size, loss=contrastive_loss):
-    """The expected result: the loss of the features of all micro-batches, by autograd through all of them."""
+    """Return the expected loss, after a backward pass through the graphs of all micro-batches at once."""
     parts = [model(*part) for part in zip(images.split(size), texts.split(size), strict=True)]
     parts = [tuple(part.values()) if isinstance(part, dict) else part for part in parts]
     features = [torch.cat([part[side] for part in parts]) for side in (0, 1)]
@@ -84,7 +86,7 @@ def agree(model, truth, rel):
     assert ours.keys() == theirs.keys() != set()
     largest = max(theirs[name].norm() for name in theirs)
     for name, expected in theirs.items():
-        # Of a gradient that is zero up to rounding, the relative difference says nothing.
+        # The relative difference says nothing about a gradient that is zero up to rounding.
         assert (ours[name] - expected).norm() <= rel * max(expected.norm(), 1e-3 * largest), name
     for (name, ours), theirs in zip(model.named_buffers(), truth.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -120,7 +122,7 @@ def test_vision_transformer_is_as_the_whole_batch(size):
 
 
 def test_patch_dropout_is_as_the_whole_batch():
-    # Each pair draws its own numbers, which are the same in micro-batches of any size.
+    # The random numbers that choose the patches of a pair are the same in micro-batches of any size.
     model = clip("ViT", patch_dropout=0.5)
     model.set_grad_checkpointing(True)
     agree(*both(model, batch(), 4, whole=True), rel=1e-12)
@@ -159,7 +161,7 @@ def test_faults_are_seen(monkeypatch, owner, name, model):
 
 def test_a_state_that_features_depend_on_is_replayed():
     class Drifting(Toy):
-        """Features depend on a buffer that the forward pass changes, as in spectral normalisation."""
+        """A model whose features depend on a buffer that the forward pass changes, as in spectral normalisation."""
 
         def __init__(self):
             super().__init__()
@@ -176,7 +178,7 @@ def test_a_state_that_features_depend_on_is_replayed():
 
 def test_buffers_and_generators_are_as_after_one_pass_in_spite_of_checkpointing():
     class Recomputed(Toy):
-        """Its forward pass runs again in the backward pass, and updates the statistics again."""
+        """A model whose forward pass runs again in the backward pass, and then updates BatchNorm's statistics again."""
 
         def forward(self, images, texts):
             """Compute features under activation checkpointing, inside of the passes of the accumulation."""
@@ -251,7 +253,7 @@ def test_bad_input_changes_nothing():
 
 
 class Other(nn.Linear):
-    """A model that returns what a function makes of its features."""
+    """A model that returns the result of the function ``output`` on its features of images, and the texts."""
 
     def __init__(self, output):
         super().__init__(4, 4)
@@ -291,7 +293,7 @@ def test_activations_are_those_of_a_micro_batch():
 
 
 def most_saved(model, data, size):
-    """The most bytes that graphs held at once for their backward passes, without the weights and views of them."""
+    """Return the most bytes that graphs held at once for their backward passes, without the weights and their views."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held = most = 0
 
@@ -316,7 +318,10 @@ def most_saved(model, data, size):
 
 
 def on_rank(rank, world_size):
-    """Gradients of DistributedDataParallel by micro-batches, with the number of exchanges, and those of one graph."""
+    """Return a rank's gradients by three sizes of micro-batches under DistributedDataParallel, and those of one graph.
+
+    The number of exchanges between ranks comes with the gradients of each size.
+    """
     torch.manual_seed(0)
     whole = batch(6 * world_size)
     data = [x[6 * rank : 6 * rank + 6] for x in whole]

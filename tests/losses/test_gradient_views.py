@@ -1,4 +1,4 @@
-"""The sums of gradients over micro-batches live in the memory of what DistributedDataParallel sends."""
+"""Test that gradients are summed over micro-batches in the buckets that DistributedDataParallel sends."""
 
 import functools
 
@@ -16,14 +16,15 @@ ROWS, STEPS = 9, 2
 
 
 def loss_of(ranks, image, text, scale):
-    """Return the distributed contrastive loss, whose gradients may be views of other tensors."""
+    """Return the distributed contrastive loss of ranks that have equally many pairs."""
     return distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * ranks)
 
 
 def trained(rank, ranks, forgets):
-    """Return the memory peaks of training in the first pass and each step, what gradients take, and the weights.
+    """Train a model on a rank, and return the peak of memory in the rehearsal and in each step, the bytes of all
+    gradients, and the weights.
 
-    ``forgets`` frees all gradients before each step, as PyTorch does unless it is told not to.
+    ``forgets`` frees all gradients before each step, as PyTorch's ``zero_grad`` does by default.
     """
     torch.manual_seed(0)
     config = get_model_config("ViT-T-8-32")
@@ -32,7 +33,7 @@ def trained(rank, ranks, forgets):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # as in a continued run, the optimizer has its state
+    optimizer.step()  # the optimizer has its state from the start, as in a continued run
     optimizer.zero_grad()
     if forgets:
         optimizer.zero_grad = lambda set_to_none: type(optimizer).zero_grad(optimizer)

@@ -1,4 +1,4 @@
-"""ClipLoss and SigLipLoss in OpenCLIP's place: values and gradients."""
+"""Test that ClipLoss and SigLipLoss have the values and gradients of OpenCLIP's losses, also on several ranks."""
 
 import functools
 import itertools
@@ -43,7 +43,7 @@ def value_and_grads(loss, inputs):
 @pytest.mark.parametrize("scale", [300.0, [20.0]])  # FSDP gives every parameter a dimension
 @pytest.mark.parametrize("kinds", KINDS, ids=["clip", "siglip"])
 def test_one_process(kinds, scale, bias):
-    ours, theirs = kinds[0](world_size=0), kinds[1]()  # some callers say that there is no other process
+    ours, theirs = kinds[0](world_size=0), kinds[1]()  # some callers give 0 where there is a single process
     inputs = [*features(scale), bias if bias is None else bias.double()]
     found = value_and_grads(ours, inputs)
     close(found, value_and_grads(theirs, inputs))
@@ -125,7 +125,7 @@ def refuses_other_ranks(kind, rank, world_size):
             kind(**wrong)(*features(20.0))
 
 
-# small batches in float32 are computed as a whole
+# In float32, the logits of such small batches are computed all at once, and in float64 in blocks.
 @pytest.mark.parametrize(("world_size", "dtype"), [(2, torch.float32), (3, torch.float64)])
 def test_several_ranks(world_size, dtype, tmp_path):
     by_rank = run_ranks(every_combination, world_size, world_size, dtype, folder=tmp_path)
@@ -139,12 +139,13 @@ def test_several_ranks(world_size, dtype, tmp_path):
             agree(ours[4], theirs[4])
             if combination != (True, True):
                 agree(ours[3], theirs[3])
-        # OpenCLIP's gradient of the scale may be a share of ours; DistributedDataParallel takes the mean of both.
+        # On a rank, OpenCLIP's gradient of the scale may differ from ours. Their means over the ranks, which
+        # DistributedDataParallel takes, must agree.
         agree(*(torch.stack([rank[which][3] for rank in ranks]).mean() for which in (0, 1)))
 
 
 def under_autocast(rank, world_size):
-    """Losses of float32 features under autocast, and of features that are rounded first, in float64."""
+    """Return losses and gradients of float32 features under autocast, and those of rounded features in float64."""
     found = []
     for local_loss, gather_with_grad in COMBINATIONS:
         loss = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world_size)
@@ -187,6 +188,6 @@ def test_siglip_of_several_ranks(world_size, tmp_path):
         for ours, theirs, frozen in found:
             close(ours, theirs)
             close(frozen, ours[0])
-        # The mean of the ranks' losses is the loss of all pairs in one process, and so are the gradients.
+        # The mean over the ranks of losses or of gradients is that of all pairs in one process.
         parts = zip(*(ours for ours, *_ in found), strict=True)
         close([(sum(p) if p[0].ndim == 0 else torch.cat(p)) / world_size for p in parts], whole)

@@ -1,4 +1,6 @@
-"""``clipfast train --micro-batch-size``: the same training in less memory, interruptions, and how the size is found."""
+"""Test ``clipfast train --micro-batch-size``: the same training in less memory, interruptions, and how "auto" finds the
+size.
+"""
 
 import copy
 import json
@@ -20,7 +22,7 @@ from .test_accumulation import DIM, TEXT, VISION, Toy, batch, gradients
 
 @pytest.fixture
 def tiny(shards, tmp_path):
-    """Return the options of a run of a tiny ViT or ResNet, whose losses are computed in micro-batches."""
+    """Return a function that returns the options of a training run of a tiny ViT or ResNet, with changes."""
     text = TEXT | {"context_length": 16, "vocab_size": 49408}
     resnet = {"embed_dim": DIM, "vision_cfg": VISION["ResNet"], "text_cfg": text}
     models = {"ViT": TINY, "ResNet": str(tmp_path / "resnet.json")}
@@ -85,7 +87,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
     assert same(given.path, run)
     # Batch normalisation by micro-batches is another function, so the size of the micro-batches did matter.
     tracked = [value for name, value in weights(run).items() if name.endswith("num_batches_tracked")]
-    assert {int(value) for value in tracked} == {8}  # four steps of 4 and 4 pairs
+    assert {int(value) for value in tracked} == {8}  # four steps of two micro-batches
     log = (run / "out.log").read_text()
     assert re.findall("--micro-batch-size auto: (.*) pairs at a time .([a-z]+)", log) == [
         ("4 of 8", "the"),
@@ -94,11 +96,11 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
 
 
 def test_auto_tries_the_longest_texts(tiny, monkeypatch):
-    """A text tower computes no token behind the end of a text, so that shorter texts would take less memory."""
+    """A text tower computes no token behind the end of a text, so a size that fits shorter texts may be too large."""
     tried, embed = [], CLIP.embed_text
 
     def embedded(model, text):
-        """Note how many tokens are computed."""
+        """Note how many tokens the text tower computes."""
         tried.append((text.ids if isinstance(text, PackedText) else text).numel())
         return embed(model, text)
 
@@ -110,7 +112,7 @@ def test_auto_tries_the_longest_texts(tiny, monkeypatch):
 
 
 def test_another_batch_size_is_fitted_anew(tiny):
-    folder, _ = train(tiny("run", epochs=1, micro_batch_size="auto"))  # on a CPU, no error says what fits
+    folder, _ = train(tiny("run", epochs=1, micro_batch_size="auto"))  # a CPU takes the whole batch without a trial
     checkpoint = torch.load(folder.latest, weights_only=True)
     assert checkpoint["clipfast"]["micro_batch_size"] == 8
     checkpoint["clipfast"]["micro_batch_size"] = 2

@@ -1,4 +1,4 @@
-"""Fixtures for the tests in this folder: pairs and runs, and the fusions of a GPU."""
+"""Fixtures for the tests of models: image-text shards, training runs, and transformer blocks with a GPU's fusions."""
 
 import pytest
 

@@ -24,7 +24,8 @@ def naflex_vit(num_classes: int = 0, **settings: object) -> torch.nn.Module:
 
 def mixes(count: int, patch: int = PATCH, least_width: int = 2) -> Iterator[list[torch.Tensor]]:
     """Yield lists of images of random sizes for a NaFlex tower, at most MOST patches each."""
-    # timm resizes positions to a width of 1 wrongly on a CPU, since PyTorch does.
+    # Images are at least two patches wide by default, because PyTorch, and so timm, resizes positions to a width of 1
+    # wrongly on a CPU.
     draw = random.Random(0)
     for _ in range(count):
         images = []

@@ -1,4 +1,4 @@
-"""Tokenizers from files: ids of OpenCLIP's HFTokenizer and of transformers on the same files, and wrong files."""
+"""Test tokenizers from files: they give the ids of HFTokenizer (OpenCLIP) and transformers, and refuse wrong files."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_ids_are_those_of_open_clip(folder, clean, length):
     assert ids.dtype == torch.int64
     assert torch.equal(ids, theirs(TEXTS))
     assert torch.equal(ours(TEXTS[3]), theirs(TEXTS[3]))
-    # a text that is too long keeps its end, and no call changes the next one
+    # A text that is cut still ends with the end token (id 1), and no call changes the ids of later calls.
     assert (ids[6, -1], ids[7, -1]) == (1, 1)
     assert torch.equal(ours(TEXTS), ids)
     assert torch.equal(ours(TEXTS, context_length=20), theirs(TEXTS, context_length=20))

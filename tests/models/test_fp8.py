@@ -1,4 +1,6 @@
-"""Blocks in 8 bits: one function and modules agree in every bit, what keeps 16 bits, and checkpoints."""
+"""Test transformer blocks whose linear layers multiply in 8 bits: a block as one function and as modules has equal
+bits, some layers keep 16 bits, and so do checkpoints.
+"""
 
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_gradients_bring_their_rows_from_block_to_block(is_read, on_gpu, monkeyp
         return torch.autograd.grad(total, [parameter for block in blocks for parameter in block.parameters()])
 
     def spied(grad):
-        """Note whether a gradient of a linear layer's output brought its rows."""
+        """Note whether the gradient of a linear layer's output brought its rows in 8 bits."""
         rows = rows_beside(grad)
         found.append(rows[0] is not None)
         return rows
@@ -78,7 +80,7 @@ def test_gradients_bring_their_rows_from_block_to_block(is_read, on_gpu, monkeyp
         expected = grads()
     monkeypatch.setattr(fp8_layers, "rows_beside", spied)
     assert all(map(torch.equal, grads(), expected))
-    # One look at the gradient of each linear layer's output: proj, fc, out and in.
+    # A block looks once at the gradient of each linear layer's output, in the order c_proj, c_fc, out_proj and in_proj.
     later = [on_gpu, True, False]
     assert found == [False, *later, not is_read, *later]
 
@@ -89,7 +91,7 @@ def test_a_backward_pass_may_run_in_inference_mode_or_batched(on_gpu):
     y = sum(run_plain(blocks, x, None))
     gradient = torch.randn_like(y)
     expected = torch.autograd.grad(y, x, gradient, retain_graph=True)
-    with torch.inference_mode():  # PyTorch does not count changes of its tensors
+    with torch.inference_mode():  # PyTorch does not count the changes of tensors that are made in this mode
         assert torch.equal(*expected, *torch.autograd.grad(y, x, gradient, retain_graph=True))
     both = torch.autograd.grad(y, x, torch.stack([gradient, gradient]), is_grads_batched=True)
     torch.testing.assert_close(*both, torch.stack(expected * 2))
@@ -125,7 +127,7 @@ def test_a_frozen_weight_has_no_gradient():
 
 
 class Half(nn.Linear):
-    """A linear layer as an adapter might replace it."""
+    """A subclass of the linear layer, as an adapter might put it in the layer's place."""
 
     def forward(self, x):
         """Return half of the layer's output."""
@@ -147,7 +149,7 @@ def test_only_plain_linear_layers_of_chosen_blocks_multiply_in_8_bits(monkeypatc
     model(*inputs)
     expected = [
         weight
-        for block in blocks[1:-1]  # the text tower has only a first and a last block
+        for block in blocks[1:-1]  # the text tower has only the two blocks that are skipped
         for weight in (
             block.attn.in_proj_weight, block.attn.out_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
         )
@@ -171,7 +173,7 @@ def test_every_tower_has_blocks_in_8_bits(name):
     model.set_fp8("full", skip=(1, 0))
     kinds = (layers.Attention, layers.MLP)
     found = [module.fp8 for module in model.modules() if isinstance(module, kinds)]
-    # Of each tower, the first block keeps 16 bits, and so does the MLP of an attention pooling.
+    # The first block of each tower keeps 16 bits, and so does the MLP of an attention pooling.
     assert (found.count("full") + 4, "full" in found) in ((len(found), True), (len(found) - 1, True))
 
 

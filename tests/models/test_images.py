@@ -1,4 +1,4 @@
-"""Images that nobody has checked: handled as they should be, or refused with the reason; and their transforms."""
+"""Test that image files from anywhere are decoded or refused with the reason, and that transforms are OpenCLIP's."""
 
 import contextlib
 import io
@@ -106,7 +106,7 @@ def test_formats_and_modes():
     ids=["text", "empty", "missing", "cut png", "cut jpeg", "tiff", "bomb", "large", "long", "broken"],
 )
 def test_refused(content, message):
-    content = content() if callable(content) else content  # the bombs take seconds
+    content = content() if callable(content) else content  # decompression bombs take seconds to make
     with pytest.raises(ImageError, match=message):
         open_image(content)
     if isinstance(content, bytes):
@@ -117,7 +117,7 @@ def test_refused(content, message):
 
 
 def test_broken_files_raise_nothing_else():
-    # Decoders of broken files raise all sorts of things; a data worker must not die of them.
+    # Decoders raise errors of many classes on broken files, and a data worker must not die of one.
     rng = np.random.default_rng(0)
     exif = exif_of(6)
     exif[0x010F] = "maker"
@@ -141,7 +141,7 @@ def test_resizing_is_that_of_open_clip(mode, interpolation):
         image = gradient(*size)
         torch.testing.assert_close(ours(image), theirs(image), rtol=1e-6, atol=1e-6)
         assert torch.equal(pickle.loads(pickle.dumps(ours))(image), ours(image))
-    # OpenCLIP's result has another shape.
+    # OpenCLIP's result for so wide an image has another shape.
     assert image_transform(32, False, resize_mode="longest")(gradient(500, 3)).shape == (3, 32, 32)
     for wrong in ({"resize_mode": "stretch"}, {"interpolation": "nearest"}):
         ((name, value),) = wrong.items()
@@ -176,7 +176,7 @@ def test_crops_of_aug_cfg_are_those_of_open_clip(aug_cfg):
 
 
 def train_transform(**aug_cfg):
-    """Return a model's preprocessing for training, without a crop of a square image."""
+    """Return a model's preprocessing for training, whose crop of a square image is by default the whole image."""
     return create_model_and_transforms("ViT-T-8-32", aug_cfg={"scale": (1.0, 1.0), **aug_cfg}, uint8=True)[1]
 
 
@@ -230,7 +230,7 @@ def test_coarse_decoding_is_almost_the_whole(width, height, scale):
         assert decibels(coarse, whole) > 35
         torch.manual_seed(seed)
         theirs = make_transform(96, train=True, scale=scale, uint8=True)(open_image(data))
-        assert decibels(whole, theirs) > 45  # torchvision cuts the crop out before it resizes
+        assert decibels(whole, theirs) > 45  # not equal, since torchvision cuts the crop out before it resizes
 
 
 def test_crops_of_turned_grey_and_cmyk_files():

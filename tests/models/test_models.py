@@ -1,4 +1,4 @@
-"""The models: layout of the published ones, and OpenCLIP's outputs with OpenCLIP's weights."""
+"""Test CLIP models: the published ones have OpenCLIP's layout, and with OpenCLIP's weights they have its outputs."""
 
 import gzip
 import inspect
@@ -29,14 +29,14 @@ PUBLISHED = json.loads(
 )
 
 
-# QuickGELU does not change the layout.
+# QuickGELU does not change the layout of a model's parameters, so models with it are left out.
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "quickgelu" not in name])
 def test_published_layout_and_weight_decay(name):
     facts = PUBLISHED[name]
     model = create_model(name, device="meta")
     parameters = {key: list(value.shape) for key, value in model.named_parameters()}
     assert parameters == facts["params"]
-    # The optimizer state in a checkpoint depends on the order.
+    # The optimizer state in a checkpoint depends on the order of the parameters.
     assert [key for key in model.state_dict() if key in parameters] == list(facts["params"])
     assert {key: list(value.shape) for key, value in model.named_buffers()} == facts["buffers"]
     assert set(model.state_dict()) <= facts["params"].keys() | facts["buffers"].keys()
@@ -230,7 +230,7 @@ def test_load_checkpoint_takes_what_fits(tmp_path):
 
 
 def test_a_pretrained_model_infers(tmp_path):
-    """It drops no patches and updates no statistics, since all its modules are in evaluation mode."""
+    """A pretrained model drops no patches and updates no statistics, since all its modules are in evaluation mode."""
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model, preprocess = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", force_patch_dropout=0.5)
     assert not any(module.training for module in model.modules())

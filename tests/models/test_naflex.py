@@ -68,7 +68,7 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("patch", [PATCH, 2, 3, 5, 8])
 @pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
 def test_towers_are_timms(config, patch):
-    """Patches may have another size than the tower's."""
+    """The patches of a batch may have another size than those of the NaFlex tower."""
     theirs = random_weights(timm_tower(config)).double()
     ours = NaFlexVision(config, 32, TANH if config is SIGLIP else EXACT).double()
     ours.trunk.load_state_dict(theirs.state_dict())
@@ -167,7 +167,7 @@ def test_recomputed_blocks_have_the_same_gradients(form):
 
 
 def test_many_patches_are_pooled_too(monkeypatch):
-    # Attention pooling takes 1,024 tokens of an image at most; images of more are pooled in another way.
+    # The op for attention pooling takes at most 1,024 tokens of an image; PyTorch's attention pools larger images.
     tower = random_weights(NaFlexVision(SIGLIP, 32, TANH)).double()
     images = pack_images(next(mixes(1)), PATCH)
     expected = with_gradients(lambda: tower(images), tower, 1)
@@ -177,11 +177,11 @@ def test_many_patches_are_pooled_too(monkeypatch):
 
 def test_batches_that_are_no_grids_are_refused():
     batch = padded([torch.randn(3, 8, 12), torch.randn(3, 4, 8)])
-    batch["patch_valid"][1, 0] = False  # patch dropout leaves such batches
+    batch["patch_valid"][1, 0] = False  # patch dropout leaves batches that lack some patches of an image
     with pytest.raises(ValueError, match="unpad_images: image 1 must have its 1 x 2 patches first"):
         unpad_images(batch)
     batch = padded([torch.randn(3, 8, 12)])
-    batch["patch_valid"][0, 3:] = False  # the positions of the other row are those of two rows
+    batch["patch_valid"][0, 3:] = False  # only the first of two rows of patches is valid
     with pytest.raises(ValueError, match="unpad_images: image 0 must have its 2 x 3 patches first"):
         unpad_images(batch)
     with pytest.raises(ValueError, match="patchify: 9 x 8 pixels cannot be cut into patches of 4 x 4"):

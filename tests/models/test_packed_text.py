@@ -1,4 +1,4 @@
-"""Packed texts: the features, the loss and all gradients of a model are those of texts with their padding."""
+"""Test that a model has the features, the loss and all gradients of padded texts also with packed texts."""
 
 import contextlib
 import dataclasses
@@ -60,14 +60,14 @@ def results(model, texts):
 
 
 def assert_same(found, expected, tolerance):
-    """Compare results, each to a share of its largest value."""
+    """Check that each result differs from the expected one by at most ``tolerance`` times its largest value."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= tolerance * value.abs().max().clamp(min=1e-3), name
 
 
 def both(model, lengths, **options):
-    """Return the results of padded and of packed texts."""
+    """Return the features, loss and gradients for padded texts of these lengths, and for the same texts packed."""
     texts, found = texts_of(lengths), []
     for one in (texts, pack_texts(texts, **options)):
         model.pack_text = False
@@ -273,7 +273,7 @@ def test_tensors_without_values_are_not_packed():
 
 
 def test_texts_are_packed_on_the_host_where_that_pays_or_always():
-    even, cpu, gpu = texts_of([8] * 4), torch.device("cpu"), torch.device("meta")  # which stands for a GPU
+    even, cpu, gpu = texts_of([8] * 4), torch.device("cpu"), torch.device("meta")  # "meta" stands for a GPU
     assert pack_on_host(even, cpu).equal(even[:, :8])
     assert len(pack_on_host(even, cpu, always=True).ids) == 32
     assert len(pack_on_host(texts_of([5, 9, 3, 12]), cpu).ids) == 29

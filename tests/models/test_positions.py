@@ -1,4 +1,4 @@
-"""Positions for images of another size than the model's: OpenCLIP's interpolation, in the model and on loading."""
+"""Test positions for images of another size than the model's: OpenCLIP's interpolation, in the model and on loading."""
 
 import logging
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def test_model_takes_images_of_any_grid(size):
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     features = model.encode_image(images)
     features.square().sum().backward()
-    # This is the same model built for the other size, with the interpolated positions.
+    # ``other`` is the same model built for the other size, with the interpolated positions.
     other = create_model("ViT-T-8-32").eval()
     other.load_state_dict(model.state_dict())
     grid = (size[0] // 8, size[1] // 8)

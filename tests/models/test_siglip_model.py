@@ -1,4 +1,4 @@
-"""SigLIP of our own: OpenCLIP's configurations, names, initialisation, outputs and gradients."""
+"""Test that clipfast's SigLIP has OpenCLIP's configurations, names, initialisation, outputs and gradients."""
 
 import copy
 import dataclasses
@@ -54,7 +54,8 @@ def test_published_configurations_are_those_of_open_clip():
 def test_published_towers_are_those_of_timm():
     timm = pytest.importorskip("timm")
     published = [get_model_config(name) for name in PUBLISHED]
-    # One of the towers that differ only in their image size is enough, since the test before this one compares sizes.
+    # One of the towers that differ only in their image size is enough, since sizes are compared by
+    # test_published_configurations_are_those_of_open_clip.
     configs = {(*dataclasses.astuple(config.vision)[1:], config.image_gelu): config for config in published}
     for config in configs.values():
         name = config.timm_model_name
@@ -159,7 +160,7 @@ def test_compiled():
 
 
 def test_bfloat16():
-    """Under autocast and in pure bfloat16: features are near those of float32, and every gradient is there."""
+    """Features under autocast and in pure bfloat16 are near those in float32, and autocast keeps every gradient."""
     config = CONFIGS["mixed"]
     model, (images, texts) = make_model(config), inputs(config)
     image, text, *_ = model(images, texts)
@@ -196,7 +197,10 @@ for (name, own), again in zip(model.named_parameters(), other.parameters(), stri
 
 @pytest.mark.long
 def test_triton_kernels_interpreted():
-    """The whole model has PyTorch's gradients, on bytes, tokens without a class token and one query for all images."""
+    """A whole model has the gradients of the PyTorch backend if its Triton kernels are interpreted.
+
+    The model takes images as bytes, has no class token, and pools every image by one query.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command, root = [sys.executable, "-c", INTERPRETED], Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
@@ -249,6 +253,6 @@ def test_own_configurations_come_back_and_open_clip_builds_no_other_model(kind):
     del raw["custom_text"]
     with known_to_timm(), pytest.raises(RuntimeError, match="Unknown model"):
         pytest.importorskip("open_clip").CustomTextCLIP(**raw)
-    # A published configuration has the same sizes with the other activation.
+    # A published configuration with the other activation has another name in timm, so it is another tower.
     other = dataclasses.replace(get_model_config("ViT-B-16-SigLIP"), image_gelu="tanh")
     assert other.timm_model_name.endswith("siglip_224_gelu_tanh")

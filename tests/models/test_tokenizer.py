@@ -1,4 +1,4 @@
-"""The tokenizer: OpenCLIP's ids for any Unicode."""
+"""Test that CLIP's tokenizer gives OpenCLIP's ids for any Unicode text."""
 
 import pickle
 import string

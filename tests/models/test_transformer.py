@@ -1,4 +1,6 @@
-"""Transformer blocks: what is fused or left out, hooks and adapters, and the report of kernels."""
+"""Test transformer blocks: fused operations, rows that need not be computed, hooks and adapters, and the report of
+kernels.
+"""
 
 import collections
 import copy
@@ -19,7 +21,7 @@ VIEWS = {"aten.select.int",
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that launch a kernel; views are not counted."""
+    """A dispatch mode that counts the operations that launch a kernel; views are not counted."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +35,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("causal", "quick_gelu", "on_gpu"),
-    # On a CPU, PyTorch computes QuickGELU by several operations, which nothing here fuses.
+    # QuickGELU on a CPU is left out: PyTorch computes it by several operations there, which clipfast does not fuse.
     [(True, False, False), (False, True, True)],
     indirect=["on_gpu"],
 )
@@ -56,11 +58,12 @@ def test_a_block_has_no_operation_too_many(causal, quick_gelu, on_gpu):
     assert backward.counts == {
         "clipfast.layer_norm_bwd.default": 3 * 2,
         "aten.mm.default": 3 * 8,
-        # Biases of linear layers, without in_proj's, which attention sums, and c_fc's, which the activation may sum.
+        # Sums for the gradients of biases, except that of in_proj, which attention sums, and on a GPU that of c_fc,
+        # which the activation sums.
         "aten.sum.dim_IntList": 3 * (2 if on_gpu else 3),
         "clipfast.attention_bwd.default": 3,
         activation: 3,
-        "aten.add.Tensor": 1,  # at the input, where the stream and the first norm part
+        "aten.add.Tensor": 1,  # the gradients of the tower's input, from the residual stream and from the first norm
     }
 
 

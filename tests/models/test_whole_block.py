@@ -1,4 +1,6 @@
-"""A block as one autograd function has the values, gradients and memory of its modules, and gives way to them."""
+"""Test that a transformer block as one autograd function has the values, gradients and memory of its modules, which are
+called instead where they have hooks or were replaced.
+"""
 
 import contextlib
 
@@ -19,7 +21,7 @@ TOKENS, WIDTH = 9, 32
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of the function of a block."""
+    """Return a list to which each call of ``whole_block``, the function of a transformer block, adds its arguments."""
     found, function = [], transformer.whole_block
     monkeypatch.setattr(transformer, "whole_block", lambda *args: found.append(args) or function(*args))
     return found
@@ -37,7 +39,7 @@ def random_block(gelu="none", *, causal=False, dtype=torch.float32):
 
 
 def run(block, x, branch, *, whole, autocast=False, rows=()):
-    """Results and gradients of a block, as one function if ``whole``, and the bytes kept for the backward pass.
+    """Return results and gradients of a block, as one function if ``whole``, and the bytes kept for the backward pass.
 
     With ``rows``, the results are these rows of the sequences.
     """
@@ -90,7 +92,8 @@ def test_autocast_keeps_the_rule(stream, on_gpu, calls):
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype
         as_good_as_torch(value, theirs[name], truth[name], 2 if name in ("stream", "out") else 3, name)
-    assert bytes_ours <= bytes_theirs + 2 * 9 * WIDTH  # the cast biases lie beside the cast weights
+    # The memory of the cast weights holds the cast biases too, 9 * WIDTH numbers of 2 bytes.
+    assert bytes_ours <= bytes_theirs + 2 * 9 * WIDTH
 
 
 ROWS = {"first": (False, None), "first, causal": (True, None), "others": (True, torch.tensor([4, 0, 8]))}
@@ -184,7 +187,7 @@ def test_strided_parameters_and_negated_inputs_go_through_the_modules(calls):
 
 
 class Half(nn.Module):
-    """A parametrization of a block's weight."""
+    """A parametrization that halves a block's weight."""
 
     def forward(self, x):
         return x / 2
@@ -265,7 +268,7 @@ def test_checkpointing_recomputes_a_whole_block(calls):
         tower.zero_grad()
         tower(x).square().sum().backward()
         grads.append({name: p.grad for name, p in tower.named_parameters()})
-    assert len(calls) == 6  # two, and two more that are computed twice
+    assert len(calls) == 6  # two blocks without checkpointing, and two with it, each of which is computed twice
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
 
 
@@ -284,7 +287,8 @@ def test_autocast_casts_in_few_launches():
         out.sum().backward()
     # In each block: two norms, attention and activation, and four products. One launch casts all weights.
     assert forward <= 5 * 8 + 2
-    # The backward pass starts as many kernels, twice the products, six sums, the zeros of the keys' bias, and the cast.
+    # In each block, the backward pass starts as many kernels for norms, attention and activation, twice the products,
+    # six sums, the zeros of the keys' bias, and the cast.
     assert len(launches) + ops.count - forward <= 5 * (4 + 8 + 6 + 1 + 1) + 3
 
 
