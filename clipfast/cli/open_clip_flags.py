@@ -266,7 +266,7 @@ ACTIONS: dict[str, Any] = {"mapped": "store", "accepted": _Accepted, "refused": 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of OpenCLIP that are not options of clipfast; ``--help`` shows the mapped ones in a last group."""
+    """Add the flags of OpenCLIP that clipfast lacks; ``--help`` shows mapped and accepted flags in a last group."""
     group = parser.add_argument_group(GROUP, "docs/openclip-flags.md lists all flags of OpenCLIP")
     for name, rule in FLAGS.items():
         if rule.how == "same":

@@ -168,7 +168,7 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
                          "these and give --tflops, --memory-gb, --link-gbs and --network-gbs")  # fmt: skip
     values = {name: getattr(args, name) * MACHINE[name][1] for name in MACHINE if getattr(args, name) is not None}
     fields = {field: value for name, value in values.items() for field in MACHINE[name][0]}
-    if args.tflops is not None:  # --tflops is the rate that products reach, so no share of it is taken
+    if args.tflops is not None:  # --tflops is the rate that products reach, so they reach all of it
         fields |= {"half_reached": 1.0, "single_reached": 1.0}
     card = CARDS[args.card or "h100"]
     of_card = {name: fields.pop(name) for name in [*fields] if hasattr(card, name)}

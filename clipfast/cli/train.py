@@ -106,7 +106,7 @@ def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool 
 
 
 def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -> _Start:
-    """Combine the options of ``clipfast train`` from checkpoint, recipe and flags, of which later ones win.
+    """Combine the options of ``clipfast train``: a recipe's options replace a checkpoint's, and flags replace both.
 
     ``given`` are the flags, and ``found`` the checkpoint to resume from, if any.
     """
@@ -147,7 +147,7 @@ def _run_folder(options: dict[str, Any]) -> Path:
 
 
 def _restore(config: TrainConfig) -> list[str]:
-    """Download the newest checkpoint from ``--remote-sync`` if it is newer than the local ones; return log lines."""
+    """Download the newest checkpoint from ``--remote-sync`` if no local checkpoint is as new; return log lines."""
     from ..runs.folder import RunFolder
     from ..train.remote_sync import RemoteCopy
 

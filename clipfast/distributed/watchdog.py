@@ -248,13 +248,13 @@ def _silence(beat: Beat) -> str:
 
 
 def _delay(beat: Beat) -> str:
-    """Return the words about a rank that holds up the others: its process, its phase, and for how long."""
+    """Return the words about a rank that holds up other ranks: its process, its phase, and for how long."""
     what = PHASES.get(beat.phase, f"is in the phase {beat.phase!r} since")
     return f"{beat.process} {what} {beat.seconds:.0f} s at step {beat.step}"
 
 
 def _listed(ranks: Iterable[int], said: Iterable[str]) -> str:
-    """Return one text from a remark on each rank: the first few remarks, and the number of the others."""
+    """Return one text from a remark on each rank: the remarks on the first few, and the number of further ranks."""
     lines = [f"rank {rank}, {what}" for rank, what in zip(ranks, said, strict=True)]
     more = len(lines) - NAMED
     return "; ".join(lines[:NAMED]) + (f"; and {more} more" if more > 0 else "")

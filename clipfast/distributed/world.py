@@ -129,7 +129,7 @@ class World:
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
-        """Let one rank of each machine do the work of the context first; the others then find its results."""
+        """Let one rank of each machine do the work of the context first; the other ranks then find its results."""
         if self.local_rank > 0:
             self.meet(INDEXING)
         yield

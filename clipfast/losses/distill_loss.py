@@ -246,7 +246,7 @@ class DistillClipLoss(ClipLoss):
         if self.local_loss or not scale.requires_grad:
             return scale
         # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over W ranks
-        # divides the gradient by W; for features, the sum over ranks makes up for it, and for the scale this factor.
+        # divides the gradient by W; for features, the sum over ranks makes up for it; for the scale, ``factor`` does.
         factor = 1 if self.gather_with_grad else self.world_size
         return _MeanGradient.apply(scale, factor)  # type: ignore[no-untyped-call]
 
@@ -280,7 +280,7 @@ def _check_teacher(student: Logits, teacher: Logits) -> None:
     """Refuse teacher features with another number of rows, on another device, or that require a gradient.
 
     Raises:
-        ValueError: as above.
+        ValueError: the teacher's features do not fit the student's, or they or the teacher's scale need a gradient.
     """
     if len(teacher.rows) != len(student.rows) or teacher.rows.device != student.rows.device:
         raise ValueError(

@@ -94,7 +94,7 @@ class Probe:
         return Counter(dict(zip(PROBED, found.clip(0).round().astype(int).tolist(), strict=True)))
 
     def seconds(self, phase: str, rows: int, cluster: Cluster, *, is_half: bool) -> tuple[float, float]:
-        """Return the predicted seconds of ``phase`` for ``rows`` pairs, and those of one middle block in it.
+        """Return the predicted seconds of ``phase`` for ``rows`` pairs, and those of one middle block in the phase.
 
         Kernels run one after another. If the host takes longer to launch them, the time of the host is returned.
         """

@@ -136,7 +136,7 @@ def _state(history: History, process: str | None, step: int) -> str:
     if process is not None:
         return RUNNING
     results = history.folder.path / "results.json"
-    # A finished run that was resumed for more epochs still has its old results, with fewer steps than it has now.
+    # A finished run that was resumed for more epochs still has the results of its first end, after fewer steps.
     if results.exists() and json.loads(results.read_text("utf-8")).get("steps", 0) >= step:
         return FINISHED
     messages = [message for _, message in history.log[-3:]]

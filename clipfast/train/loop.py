@@ -253,7 +253,7 @@ def finish(
         trainer: the trainer of the run.
         evaluation: the evaluation of the exported weights, if there are validation data.
         raw: the evaluation of the last weights, if their average is exported.
-        weights: the exported weights: their average, or the last ones.
+        weights: the exported weights: the moving average, or the weights after the last step.
     """
     folder, config, model = trainer.folder, trainer.config, trainer.model
     folder.hold()

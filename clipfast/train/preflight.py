@@ -107,7 +107,7 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
-    """Return the bytes of a run's weights, of the trained ones, and of optimizer state and moving average.
+    """Return the bytes of a run's weights, of its trained weights, and of optimizer state and moving average.
 
     The optimizer state is that of AdamW or StableAdamW, two moments; that of other optimizers counts as zero.
     """
@@ -121,8 +121,8 @@ def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:
     """Return the bytes of a checkpoint, and the free bytes of the run's disk; rank 0 raises ValueError if it is full.
 
-    There must be room for a checkpoint beside the ``--keep-last`` ones, since a new one is written before an old one is
-    removed, and for the exported weights of the finished run.
+    There must be room for one checkpoint more than ``--keep-last``, since a new checkpoint is written before an old one
+    is removed, and for the exported weights of the finished run.
     """
     weights, _, kept = _sizes(config, model)
     checkpoint, free = weights + kept, free_bytes(folder.path)

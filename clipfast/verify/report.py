@@ -129,7 +129,7 @@ def write_json(path: Path, rows: Sequence[CheckResult], options: Mapping[str, An
 
 
 def read_json(path: Path) -> tuple[list[CheckResult], dict[str, Any]]:
-    """Return the results in a report of the verification, and everything else in it.
+    """Return the results in a JSON report of the verification, and the report's other entries.
 
     Raises:
         ValueError: the file is no report of this format.
