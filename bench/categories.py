@@ -127,6 +127,6 @@ def classify(kernel: str, ops: Sequence[str] = ()) -> str:
 
 
 def classify_op(ops: Sequence[str]) -> str:
-    """Return the category of the CPU time that the last of ``ops`` spends itself; the others are around it."""
+    """Return the category of the CPU time that the last of ``ops`` spends itself; the earlier ops are around it."""
     by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
     return by_owner or _of_op(ops[-1]) or OTHER

@@ -123,7 +123,7 @@ def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: 
     """Measure the cases on one side of the comparison, base or head, in a process that imports that side's code."""
     share = [budget.seconds / TURNS, budget.rounds, budget.min_rounds]
     request = [keys, str(device), share, torch.get_num_threads()]
-    # Without -P, Python would find packages in the current folder before those of the side.
+    # Without -P, Python would find packages in the current folder before those in ``site``.
     command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
     run = subprocess.run(command, env=environment_with(site), capture_output=True, text=True)
     if run.returncode != 0:

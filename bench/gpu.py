@@ -83,13 +83,13 @@ LIMITED = {
         "tune": "layer_norm-1024 bias_act patch_embed text_embed attention_pool",
     },
 }  # fmt: skip
-# The files that a run writes beside those of BENCHES.
+# The files that a GPU run writes in addition to the result file of each of BENCHES.
 RESULTS = (
     "summary.txt", "log.txt", "page.html", "samples.csv", "values.json", "kernels.json", "predicted.json",
     "verify.json",
 )  # fmt: skip
 BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
-# All parts but "step" measure only these candidates of a training step, and our own model. They lack the time to
+# All parts but "step" measure only these candidates of a training step, and our own model: these parts lack the time to
 # compile our model.
 STEP_CANDIDATES = ("--only", "clipfast padded", "clipfast graphed", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
@@ -101,8 +101,8 @@ class Step:
 
     name: str
     command: list[str]
-    seconds: float = 0.0  # the time that the step gets, even if other steps take longer than theirs
-    lines: int = 20  # the number of lines at the end of its output that the summary shows
+    seconds: float = 0.0  # the time that the step gets, even if other steps exceed their time
+    lines: int = 20  # how many of the last lines of its output the summary shows
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
 

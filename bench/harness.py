@@ -4,7 +4,7 @@ A candidate is timed only after it gave the reference's result at that shape. Ca
 so that a drift of the clocks affects all of them. Calls rotate through sets of inputs that fill the cache three times,
 and every sample is kept. On a GPU a call is a CUDA graph, since the host may take longer to launch a short kernel than
 the kernel runs. The GPU is also kept busy before each sample, until the host has queued calls ahead. A candidate that
-fails, runs out of memory or does not compile is refused with its reason, and the others go on.
+fails, runs out of memory or does not compile is refused with its reason, and the other candidates are still measured.
 """
 
 import contextlib

@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Return what was called and its sizes, in one line of the host's table."""
+        """Return the name of the measured op or step and its sizes, in one line of the host's table."""
         return " ".join([self.name, *(f"{size}={value}" for size, value in self.shape.items())])
 
 

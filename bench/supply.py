@@ -10,7 +10,8 @@ from clipfast.io.text import align
 
 from .case import OURS
 
-# The stages in a data worker. The pipeline with a worker has all of them, and also transfers the batches.
+# The stages in a data worker. The pipeline with one worker runs all of them, and also sends the batches to the process
+# that trains.
 WORK = ("read", "decode", "resize", "collate", "tokenize")
 
 

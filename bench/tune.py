@@ -137,8 +137,8 @@ def prune(
 ) -> list[Ranked]:
     """Return the best usable configurations of a kernel that the tuner has compiled, the best first.
 
-    A usable configuration compiles, and its report has no failure. Print the number of the others, and the reason for
-    the first of them.
+    A usable configuration compiles, and its report has no failure. Print the number of unusable ones, and the reason
+    for the first of them.
     """
     say(f"{key_of(tunable, target, search.dtype)}: compiling {len(candidates)} configurations")
     inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch, effort)
@@ -227,7 +227,7 @@ def by_timing(
 def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | None:
     """Return the fastest configuration that is surely faster than the committed one and no less accurate, or None.
 
-    The first of ``timings`` is that of the committed one, and the others are those of ``candidates``.
+    The first of ``timings`` belongs to the committed configuration, and the others belong to ``candidates``.
     """
     committed, *others = timings
     if committed.refused is not None:
@@ -250,7 +250,7 @@ def sdpa_route(head_dim: int, search: Search, device: torch.device, budget: Budg
     The result is None if it never is, or if the card was throttled.
     """
     key, least = configs.config_key(SDPA, DTYPES[search.dtype], head_dim), []
-    with configs.override(key, configs.SdpaConfig(NEVER, NEVER)):  # ours is compared, also where a table has a route
+    with configs.override(key, configs.SdpaConfig(NEVER, NEVER)):  # so our attention runs, whatever a table says
         for causal in (False, True):
             least.append(NEVER)
             for tokens in reversed(SDPA_TOKENS):
@@ -346,7 +346,7 @@ def tune_all(ops: Sequence[str], args: Any, search: Search, choose: Choose, rout
                     say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
                     return 1 if failed else 0
         except RuntimeError as error:
-            # If one op cannot be tuned, the others still are.
+            # If one op cannot be tuned, the other ops are still tuned.
             say(f"{op}: {short(error)}")
             failed += 1
     say("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")

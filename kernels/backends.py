@@ -116,7 +116,7 @@ class Op:
     and for a tensor of another class than PyTorch's own, or one whose memory does not hold its values. Both ways run
     the same implementation, without autocast and below autograd.
 
-    An op may have a planner, which decides from the layout of its arguments how to compute them. Then calls are kept
+    An op may have a planner, which decides from the layout of its arguments how to compute a call. Then calls are kept
     by their layout (:meth:`learn`), and a call like an earlier one (:meth:`find`) needs no checks and no decisions.
 
     An op has no derivative until one is registered, and a backward pass through it raises an error. The backward ops
@@ -173,7 +173,7 @@ class Op:
             """Return the op as a function of autograd that calls ``run``, and returns its first ``count`` outputs."""
 
             def forward(ctx: Any, *args: Any) -> Any:
-                """Run the op's implementation, and save what its backward pass needs."""
+                """Run the op's implementation, and save the tensors that its backward pass reads."""
                 outputs = run(*args)
                 setup_context(ctx, args, outputs)
                 return outputs[:count] if outputs.__class__ is tuple else outputs

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     unknown = sorted(set(args.libraries) - set(libraries))
     if unknown:
-        parser.error(f"{', '.join(unknown)}: there are {', '.join(libraries)}")
+        parser.error(f"no library {', '.join(unknown)}: choose from {', '.join(libraries)}")
     warnings.simplefilter("ignore")  # hides warnings that the libraries raise themselves
     places.CPU_DTYPES = (*places.CPU_DTYPES, torch.float32)  # a CPU then runs our ops, whose errors are measured
     torch.set_num_threads(1)  # threads that wait for each other cost more than they gain in small models

@@ -107,7 +107,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shrink_vision(vision: dict[str, Any]) -> None:
-    """Make the vision tower of an OpenCLIP configuration to adopt small, in place."""
+    """Shrink the vision tower in the configuration of an OpenCLIP model to adopt, in place."""
     if isinstance(vision.get("layers"), list):
         vision.update(layers=[1, 1, 1, 1], width=16, image_size=64)
     elif image_size := timm_image_size(vision.get("timm_model_name") or ""):

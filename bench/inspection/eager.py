@@ -1,10 +1,10 @@
 """The time that the host takes to start the kernels of an op or a step, and the batch from which the GPU takes longer.
 
-``host.json`` has what ``python -m clipfast.bench host --stub`` measured on one machine: for each op at a few small
-shapes, and for steps of models, the microseconds of a call and the number of kernels that it starts. A larger shape
-takes the same Python code, but may start more kernels: a loss starts several for each block of logits, and each further
-one takes ``FURTHER`` microseconds. The host's time of a step, or of a call with fewer kernels, is that of the most
-similar measured one, scaled by the number of kernels.
+``host.json`` has the times that ``python -m clipfast.bench host --stub`` measured on one machine: for each op
+at a few small shapes, and for steps of models, the microseconds of a call and the number of kernels that it starts. A
+larger shape takes the same Python code, but may start more kernels: a loss starts several for each block of logits, and
+each further kernel takes ``FURTHER`` microseconds. The host's time of a step, or of a call with fewer kernels, is the
+time of the most similar measured call, scaled by the number of kernels.
 """
 
 import functools

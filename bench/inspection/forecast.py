@@ -227,7 +227,7 @@ def forecast(
         dtype: name of the dtype of an op.
         machine: the GPU.
         effort: the limits on how much the model simulates.
-        finds_batch: predict other batches too, to find the one from which the GPU takes longer than the host.
+        finds_batch: predict other batches too, to find the batch from which the GPU takes longer than the host.
         captions: the texts of a step are packed captions, of 18 tokens on average, in place of texts of the context's
             length.
     """

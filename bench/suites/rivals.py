@@ -134,7 +134,7 @@ _least_memory = functools.partial(contrastive_loss, memory="min")
 def _open_clip() -> Function:
     """Return OpenCLIP's contrastive loss as a benchmark candidate."""
     loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
-    # A candidate is called with the names of these parameters, and those of ClipLoss.forward differ.
+    # A candidate is called with keyword arguments of these names, and the parameters of ClipLoss.forward have others.
     return lambda image, text, logit_scale: loss(image, text, logit_scale)
 
 

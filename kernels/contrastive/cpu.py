@@ -218,7 +218,7 @@ def finish(
 def _finish_rows(
     acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor
 ) -> Tensor:
-    """Do what :func:`finish` does, with intermediate results for all rows at once."""
+    """Finish the gradient of features as :func:`finish` does, with intermediate results for all rows at once."""
     paired, partners = pairs_in(len(acc), len(other), offset)
     rows = own.rows.to(acc.dtype)
     acc[paired].addcmul_(one_minus_p[paired, None], other[partners].to(acc.dtype), value=-1)

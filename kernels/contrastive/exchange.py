@@ -98,7 +98,7 @@ class Ranks:
     def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield each rank and its features: this rank first, then rank - 1, and so on round the ring.
 
-        The next block is received while the caller works on the one before.
+        The next block is received while the caller works on the previous block.
         """
         if 0 in self.sizes:
             # A rank without rows takes no part in a transfer. NCCL does not define a transfer between some ranks as the

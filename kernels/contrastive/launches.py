@@ -100,7 +100,7 @@ def pair_losses(
 def _pairs(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, is_loss: bool, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return what ``_pairs_kernel`` stores: row [3, M], col [3, N] and positive [M]; loss [], uses_shared_shift []."""
+    """Return the results of ``_pairs_kernel``: row [3, M], col [3, N], positive [M], loss [], uses_shared_shift []."""
     layout = layout_of(x, y, offset)
     programs, total = _totals_of_pairs(layout, is_loss, both)
     row, col, positive = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, layout.m)
@@ -115,7 +115,7 @@ def start_pairs(
     x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, positive: Tensor, *outs: Tensor,
     is_loss: bool = False, both: bool = True,
 ) -> None:  # fmt: skip
-    """Compute the logits of x against y, and store what ``_pairs_kernel`` describes to ``positive`` and ``outs``."""
+    """Compute the logits of x against y, and store the results of ``_pairs_kernel`` to ``positive`` and ``outs``."""
     row_sums, col_sums = _sums(x, y, logit_scale, layout, positive)
     if len(row_sums) > MOST_TILES:  # so wide a block has few rows, so few programs would add very many sums each
         row_sums = row_sums.sum(0, keepdim=True)

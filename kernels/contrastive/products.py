@@ -134,7 +134,7 @@ def _add_block(
     x: Tensor, y: Tensor, offset: int, vectors: tuple[Tensor, ...], acc_x: Tensor | None, acc_y: Tensor | None, *,
     is_softmax: bool, is_new: tuple[bool, bool],
 ) -> Tensor:  # fmt: skip
-    """Do what :func:`add_products` does if G is one block; ``vectors`` are the other inputs of the kernel for G."""
+    """Add the products of a G of one block as :func:`add_products` does; ``vectors`` are other inputs of G's kernel."""
     describe, layout = _Descriptors(), layout_of(x, y, offset)
     grad = new_rows(x, layout.m, layout.n)
     of_g = grad_plan(layout, grad.stride(0), is_softmax, False)

@@ -163,7 +163,7 @@ def register_gradients(forward: Op, backward: Op, *, optional: Sequence[int] = (
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Save what the backward pass of a contrastive loss needs."""
+        """Save the tensors and options that the backward pass of a contrastive loss needs."""
         ctx.options = inputs[tensor_count:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensor_count], *output[1:])

@@ -67,9 +67,9 @@ def make(names: tuple[str, str], shape: LossShape | SigmoidShape | QueueShape, v
 
 
 def floor_of(forward: float, backward: float) -> Callable[[PairShape, int, bool], Floor]:
-    """Return the least work of a loss whose passes take so many products of all its logits, without a matrix of them.
+    """Return the least work of a loss whose passes take ``forward`` and ``backward`` products of all logits.
 
-    Features are read in both passes, and their gradients written in the backward pass.
+    The matrix of logits is not stored. Features are read in both passes, and their gradients written in the backward pass.
     """
 
     def floor(shape: PairShape, itemsize: int, is_backward: bool) -> Floor:

@@ -139,7 +139,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def merge_stacked(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what :func:`merge` does with the maxima and the sums of all blocks of logits, each [blocks, rows]."""
+    """Merge the maxima and the sums of all blocks of logits, each [blocks, rows], as :func:`merge` does."""
     maximum = maxima.amax(0)
     pivot = maximum.clamp(min=torch.finfo(maximum.dtype).min)  # a maximum may be -inf, and -inf - (-inf) is NaN
     return maximum, (sums * (maxima - pivot).exp2()).sum(0)

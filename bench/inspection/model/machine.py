@@ -27,8 +27,8 @@ class Machine:
             of an H100 PCIe at 1.755 GHz (m), which is 28 bytes per cycle for each. This and ``boost`` were chosen with
             published times of kernels in view (docs/gpu-model.md).
         hbm_rate: the rate that copies reach: 3.0 of the data sheet's 3.35 TB/s (m).
-        l2_latency: cycles from a load to its use, 260 to 280 (m).
-        hbm_latency: the same for device memory, 600 to 700 (m).
+        l2_latency: cycles from a load of L2 to its use, 260 to 280 (m).
+        hbm_latency: cycles from a load of device memory to its use, 600 to 700 (m).
         tma_latency: cycles that a TMA load takes in addition (m).
         shared_rate: bytes per cycle of one multiprocessor's shared memory (s).
         reaction: cycles until a warp goes on after it has waited for a unit outside its sub-partition: a group of wgmma

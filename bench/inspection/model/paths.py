@@ -100,7 +100,7 @@ class Code:
             return (self._target(one) if holds else behind), int(holds is None)
         if one.name == "RET":
             if not returns:
-                raise NoPath(f"a return at {one.address:#x} from nowhere")
+                raise NoPath(f"a return at {one.address:#x} without a call")
             return returns.pop(), 0
         if one.name != "BRA":
             raise NoPath(f"an indirect branch at {one.address:#x}")

@@ -56,7 +56,7 @@ class Prediction:
         at_once: the number of programs that run on a multiprocessor at once.
         waves: the number of programs divided by the number that runs at once on all multiprocessors.
         cycles: cycles per program on a multiprocessor that is full of programs.
-        busy: cycles per program for which each unit is busy; for a unit of the sub-partitions, those of one of them.
+        busy: cycles per program for which each unit is busy; a unit of the sub-partitions is counted in one of them.
         flops: the FLOPs of the matrix unit in all programs, padding included.
         guesses: the number of branches of a path whose conditions the model does not know.
         limit: the busiest unit, and the part of the time for which it is busy; or "power".
