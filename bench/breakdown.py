@@ -43,7 +43,7 @@ _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclasses.dataclass(frozen=True)
 class Breakdown:
-    """Seconds of one step, by category."""
+    """The seconds of one training step, by category."""
 
     step_s: float  # the sum of all categories
     traced_s: float  # the time of a step under the profiler

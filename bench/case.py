@@ -57,7 +57,7 @@ class Case:
     # are not compared.
     reference: Candidate | None = None
     floor: Floor | None = None  # the least work of one call, if operations and bytes describe it
-    items: tuple[int, str] = (1, "calls")  # the number of pairs, rows or images of a call, and their noun
+    items: tuple[int, str] = (1, "calls")  # how many pairs, images or others one call handles, and their noun
     wants_grad: tuple[str, ...] = ()  # inputs whose gradients are taken; if it is empty, only the function runs
     gate_inputs: Callable[[], Inputs] | None = None  # draws smaller inputs, if the reference does not fit at this shape
     # Factors by which the errors of some outputs may exceed the usual limit, since they amplify rounding errors.

@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the page and print its table; return 0."""
+    """Write the page of a GPU run's claims, and print its table; return 0."""
     parser = argparse.ArgumentParser("python -m clipfast.bench.gpu_page", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of results of bench.gpu")
     parser.add_argument("--note", default="", help="a sentence at the top of the page")

@@ -86,7 +86,7 @@ Findings = dict[str, HostTime | str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench host``."""
+    """Add the options of ``bench host``, the benchmark of the host's time."""
     add = parser.add_argument
     add("--stub", action="store_true", help="let Triton's launcher start the kernels on a driver that runs nothing")
     add("--dtype", choices=tuple(DTYPES), help="dtype of ops and of models' autocast (default: fp32; bf16 on the stub)")

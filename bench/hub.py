@@ -96,7 +96,7 @@ def _copy_kernels(project: Path) -> None:
 
 
 def _build_toml(repo: str) -> str:
-    """Return the configuration from which kernel-builder makes the same builds."""
+    """Return the text of build.toml, from which kernel-builder makes the builds of the package for the hub."""
     backends = ", ".join(f'"{backend}"' for backend in BACKENDS)
     return f"""[general]
 name = "{NAME}"
@@ -140,7 +140,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Write the package that the command line asks for, and print its builds."""
+    """Write the package for the kernels hub to the folder of the command line, and print its builds."""
     parser = argparse.ArgumentParser("python -m clipfast.bench.hub", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder for the package")
     parser.add_argument("--repo", default="ORG/clipfast", help="its repository on the hub (default: ORG/clipfast)")

@@ -104,7 +104,7 @@ def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The settings of a search, for operands of a dtype on an architecture."""
+    """The settings of a search for launch configurations, for operands of a dtype on an architecture."""
 
     dtype: str
     arch: int
@@ -363,7 +363,7 @@ def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
 
 
 def add_arguments(parser: Any) -> None:
-    """Add the options of the tuner."""
+    """Add the options of the tuner of launch configurations."""
     add = parser.add_argument
     ops = dict.fromkeys(["all", *(spec.name for spec, _ in TARGETS.values()), *TARGETS, SDPA])
     add("--op", nargs="+", default=["all"], choices=tuple(ops))

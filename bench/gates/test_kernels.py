@@ -34,7 +34,7 @@ def device_timer() -> float:
 @pytest.mark.benchmark(timer=device_timer)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_forward_and_backward(benchmark: Any, case: Case) -> None:
-    """Time the call, and check that its results are finite."""
+    """Time an op, forward and backward, and check that its results are finite."""
     function, inputs = case.ours.make(), leaves(case, case.inputs())
     benchmark.group = case.op
     benchmark.extra_info |= {"shape": dict(case.shape), "dtype": case.dtype, "before": telemetry(DEVICE)}

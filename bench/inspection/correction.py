@@ -28,7 +28,7 @@ KINDS_OF_KERNELS = {"_products_kernel": "product", "_strip_products_kernel": "pr
 
 
 class Corrected(NamedTuple):
-    """A corrected time in seconds, and the ends of its range."""
+    """A predicted time after its correction, and the ends of its range, in seconds."""
 
     seconds: float
     low: float

@@ -173,7 +173,7 @@ class MeasuredStep:
         self.optimizer: torch.optim.AdamW = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2, capturable=capturable)
 
     def __call__(self, images: Tensor, texts: Tensor, loss_range: Range = nullcontext) -> Tensor:
-        """Take a step and return the loss before it."""
+        """Take a training step, and return the loss before it."""
         *_, loss = self._forward(images, texts, loss_range)
         loss.backward()
         self.optimizer.step()
@@ -214,7 +214,7 @@ class ReplayedStep:
         self.forget()
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step, and return the loss before it."""
+        """Take a training step, as a CUDA graph from the second call on, and return the loss before it."""
         return self._replayed(images, texts)
 
     def forget(self) -> None:

@@ -142,13 +142,13 @@ def _totals_of_pairs(layout: Layout, is_loss: bool, both: bool) -> tuple[int, Pl
 
 
 def mean_of(terms: int) -> float:
-    """Return the weight of each term in a mean; the mean over no terms is NaN."""
+    """Return the weight of each term of a loss in its mean; the mean over no terms is NaN."""
     return 1 / terms if terms else float("nan")
 
 
 @planned
 def _pairs_plan(layout: Layout, row_tiles: int, col_tiles: int, is_loss: bool, both: bool) -> Plan:
-    """Return the plan of ``_pairs_kernel``."""
+    """Return the plan of ``_pairs_kernel``, which computes the losses of pairs from sums of logits."""
     device, dtype, m, n, d, _, stride_x, stride_y = layout
     cfg = gemm_config("contrastive_pairs", arch_of(device), dtype)
     if not (is_loss and both) and not has_tma(device, dtype, d):

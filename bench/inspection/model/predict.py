@@ -200,7 +200,7 @@ class _Grid:
             yield kind, start, end
 
     def predict(self, machine: Machine) -> Prediction:
-        """Return the predicted time of the whole launch."""
+        """Return the predicted time of the whole launch of a kernel."""
         timed = [self._time(path, machine) for path in self.kinds]
         mean = _sum(list(zip(timed, self.shares, strict=True)))
         fits = self.kernel.at_once

@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 def figures() -> Iterator[Figure]:
-    """Yield the figures in ``figures.json``."""
+    """Yield the published figures in ``figures.json``, with which the validation compares predictions."""
     for group in json.loads((FOLDER / "figures.json").read_text())["figures"]:
         for place, row in enumerate(group["rows"]):
             yield Figure(
