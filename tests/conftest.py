@@ -167,7 +167,7 @@ def nothing_left_running() -> Iterator[None]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            # A process that is not a child of this one has a killed parent, so it soon becomes one and is waited for.
+            # Only a child can be waited for. A grandchild soon becomes one, since its parent is killed as well.
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
 

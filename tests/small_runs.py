@@ -279,7 +279,7 @@ def together(tmp_path):
 
 
 def assert_initialised_alike(model, reference):
-    """Check that a new model's constants equal the reference's, and that random parameters have its deviations."""
+    """Check that a new model's constants equal a reference's, and random parameters have its standard deviations."""
     expected = dict(reference.named_parameters())
     for name, own in model.named_parameters():
         other = expected[name]

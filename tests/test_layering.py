@@ -81,7 +81,7 @@ def modules():
     """Yield path, name and package of every module that clipfast installs."""
     for folder, name in LAYERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if "gates" in path.parts:  # tests, which are not installed
+            if "gates" in path.parts:  # this folder holds tests, which are not installed
                 continue
             package = ".".join([name, *path.relative_to(ROOT / folder).parent.parts])
             yield path, package if path.stem == "__init__" else f"{package}.{path.stem}", package
@@ -125,8 +125,8 @@ def test_a_file_name_means_one_thing():
 
 
 def test_every_folder_is_installed():
-    # An editable install finds a package that pyproject.toml does not list, so no other test misses it. Folders of data
-    # are listed too, since setuptools warns of those that are not.
+    # In an editable install, packages that pyproject.toml does not list can be imported too, so other tests do not see
+    # that one is missing there. Folders of data are listed as well, since setuptools warns of those that are not.
     elsewhere = {"__pycache__", "results", "gates", "ci"}
     expected = {
         ".".join([LAYERS[layer], *path.relative_to(ROOT / layer).parent.parts])
@@ -202,7 +202,7 @@ def test_in_a_process_of_its_own(code):
 
 
 def test_no_public_name_is_that_of_a_module():
-    # Importing a module of clipfast sets an attribute of the package, which would hide a public name that is equal.
+    # Importing a module of clipfast sets an attribute of the package, which would hide a public name of the same name.
     modules = {path.stem for path in (ROOT / "clipfast").iterdir()}
     assert not modules & (set(api.__all__) - {"kernels"})
 

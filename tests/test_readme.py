@@ -1,4 +1,4 @@
-"""Every snippet and every command of the README and of docs/ runs; the links between these pages lead somewhere."""
+"""Test that every snippet and command of README and docs/ runs, and that links between these pages lead somewhere."""
 
 import json
 import re
@@ -157,7 +157,7 @@ def test_commands_on_other_peoples_data_are_understood(capsys):
         if command[0] == "train":
             assert main([*command, "--print-config"]) == 0, (command, capsys.readouterr().err)
         else:
-            cli._parser(command[0]).parse_args(command)  # exits if it cannot
+            cli._parser(command[0]).parse_args(command)  # exits if an option is unknown
 
 
 def commands_in_text(page):

@@ -25,7 +25,7 @@ SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
 
 
 def double(x):
-    """Return the double, as the reference of benchmark cases in these tests."""
+    """Return the double of ``x``: the reference of benchmark cases in these tests."""
     return 2 * x
 
 

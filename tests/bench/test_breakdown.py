@@ -1,4 +1,4 @@
-"""Test the breakdown of a step's time: names have the right categories, and the categories add up to the step."""
+"""Test the breakdown of a training step's time: names have the right categories, which add up to the whole step."""
 
 import json
 import re

@@ -220,7 +220,7 @@ def marginal(lines: list[str], warps: int = 1) -> float:
         (["FADD R0, R1, R2"], 4, 1),  # a warp on each sub-partition
         (["FADD R0, R1, R2"], 8, 2),
         (["IADD3 R0, R1, R2, RZ", "FADD R0, R1, R2"], 8, 4),  # two pipes and two warps work in parallel
-        (["SHFL.BFLY PT, R0, R1, 0x1, 0x1f"], 8, 8),  # one per cycle and multiprocessor
+        (["SHFL.BFLY PT, R0, R1, 0x1, 0x1f"], 8, 8),  # one instruction per cycle and multiprocessor
         (["LDS.128 R0, [R4]"], 4, 16),  # 512 bytes a warp at 128 a cycle
         (["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 128),  # the product takes N / 2 cycles
         # Both operands come from shared memory, which takes (2048 + 32 N) / 128 cycles.
@@ -267,7 +267,7 @@ def test_a_load_takes_its_latency_behind_the_queue_and_other_blocks_fill_the_tim
 
 @triton.jit
 def _walk_kernel(x_ptr, out_ptr, flag_ptr, N, M, BLOCK: tl.constexpr):
-    """Run nested loops of lengths by arguments and program, and a branch on a flag: a kernel for the model of a GPU."""
+    """Run loops whose lengths depend on arguments and program, if a flag is not 0: a kernel for the model of a GPU."""
     start = tl.program_id(0) * N // M
     acc = tl.zeros((BLOCK,), tl.float32)
     offs = tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Test attention beyond its cases: both families of kernels at every length, exact properties, strides, errors.
+"""Test attention beyond its cases: each family of kernels at every length, exact properties, strides, errors.
 
 ``test_cases.py`` runs the cases of the specifications with the kernels that the tables choose.
 """
@@ -113,7 +113,7 @@ def test_every_length(length, head_dim, causal, dtype, kernels, device):
 class TestSanitized:
     @each_size(FAMILIES, lambda n, d: (n, d) in {(50, 88), (77, 64)})
     def test_each_family(self, length, head_dim, kernels, sanitizer):
-        hold_one_head(length, head_dim, length % 2 == 1, "bfloat16")  # odd lengths are causal
+        hold_one_head(length, head_dim, length % 2 == 1, "bfloat16")  # odd lengths have the causal mask
 
     @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (1, 300, 1, 80, False), (1, 290, 1, 64, False)], ids=str)
     def test_blocks_through_descriptors(self, shape, sanitizer, monkeypatch):
@@ -134,7 +134,7 @@ def test_nothing_behind_the_end_counts(length, causal, device, kernels):
     result = call.results()
     assert not result["value"][2].any()
     assert not result["d_qkv"][2].any()
-    # Even NaN in the hidden rows of keys and values must not have an effect.
+    # Even NaN in rows of keys and values behind the end of a sequence must not have an effect.
     call.inputs["qkv"][3, 37:, 16:] = float("nan")
     poisoned = call.results()
     assert torch.equal(poisoned["value"][3, :37], result["value"][3, :37])

@@ -56,7 +56,7 @@ NUMBERS = {"contrastive_loss": {"logit_scale": 30.0}, "sigmoid_loss": {"logit_sc
 @pytest.mark.parametrize(("m", "n", "offset"), RECTANGLES, ids=str)
 @pytest.mark.parametrize("loss", NUMBERS)
 def test_rectangular(loss, m, n, offset, dtype, device, few_multiprocessors, monkeypatch):
-    # float32 loads by pointers; 16-bit features load by descriptors on sm_90
+    # The kernels load float32 features by pointers, and on sm_90 16-bit features by tensor descriptors.
     monkeypatch.setattr(launch, "CPU_ARCH", 80 if dtype == torch.float32 else 90)
     numbers = {name: torch.tensor(value, device=device) for name, value in NUMBERS[loss].items()}
     op, expected = (functools.partial(getattr(module, loss), offset=offset) for module in (kernels, reference))
@@ -348,7 +348,7 @@ class TestWhole:
         )
 
     def test_a_quotient_of_powers_that_overflows_keeps_its_loss(self):
-        # The powers e^-45 and e^45 are fine numbers in float32, and e^90 is infinite.
+        # The powers e^-45 and e^45 are finite in float32, but their quotient e^90 is not.
         x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         assert contrastive_loss(x, -x, 45.0).item() == pytest.approx(90.0)
 

@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
     @property
     def dtype(self):
-        """The dtype: float64 if the loss's kernels take it, since even a small mistake then exceeds the limit."""
+        """Return the dtype of features: float64 if the loss takes it, since even a small mistake then fails."""
         return torch.float32 if INTERPRET or self.kind == "normalized" else torch.float64
 
     @property
@@ -65,7 +65,8 @@ def batch(case):
     generator = torch.Generator().manual_seed(len(case.sizes))
     image, text = (F.normalize(torch.randn(sum(case.sizes), DIM, generator=generator), dim=-1) for _ in range(2))
     if case.kind == "mixed":
-        # The last rank's images are nearly opposite to all texts, so with the shared shift their sums underflow.
+        # The last rank's images are nearly opposite to all texts, so with the shared shift of the softmax the sums of
+        # their exponentials underflow.
         text[:, 0] += 5
         image[-case.sizes[-1] :, 0] -= 5
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
@@ -137,7 +138,7 @@ def in_16_bits(rank):
 
 def test_16_bit_operands(tmp_path, device):
     by_rank = run_ranks(in_16_bits, 2, folder=tmp_path)
-    # the scale stays in float32
+    # logit_scale stays in float32 under autocast, and the features are rounded to 16 bits.
     truth = call_at("contrastive_loss", LATE, dtype=HALF).truth()
     # The gradient G of the logits is rounded to 16 bits like the features. The error in float16, for the interpreter,
     # is an eighth of bfloat16's.
@@ -247,7 +248,7 @@ def test_ways_to_use_it(tmp_path):
             assert re.match(pattern, text), (pattern, text)
     for index, mode in enumerate(MODES):
         for rank in ranks:
-            # "gather" is compared with OpenCLIP's loss, rank by rank, in the tests of the losses
+            # Mode "gather" is compared with OpenCLIP's loss, rank by rank, in losses/test_losses.py.
             assert_close(rank["once"][index], rank["once"][0], 1e-12, mode)
         for name, result in (("once", expected), ("twice", twice), ("by rank", by_rank)):
             assert_close(of_batch([rank[name][index] for rank in ranks]), result, 1e-12, f"{mode}, {name}")
@@ -284,7 +285,7 @@ def test_a_rank_that_dies_is_an_error_for_the_others(mode, tmp_path):
 
 FEW_WITH_ROWS = (6, 0, 0, 3)
 TRANSFER = "batch_isend_irecv"
-# Calls that every rank of the group takes part in; the first is that of PyTorch 2.13 and newer.
+# Calls that every rank of the group takes part in; the first exists in PyTorch 2.13 and newer.
 OF_ALL_RANKS = ("all_gather_single", "all_gather_into_tensor", "all_to_all_single", "reduce")
 
 

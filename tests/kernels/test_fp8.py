@@ -34,7 +34,7 @@ def nearest(x, dtype):
     numbers = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     codes = numbers.isfinite().nonzero().flatten()
     codes = codes[numbers[codes].argsort(stable=True)]
-    codes = codes[numbers[codes].diff(prepend=torch.tensor([-torch.inf])) > 0]  # one of the two zeros
+    codes = codes[numbers[codes].diff(prepend=torch.tensor([-torch.inf])) > 0]  # without one of the two zeros
     ordered = numbers[codes]
     above = torch.searchsorted(ordered, x.double()).clamp(1, len(ordered) - 1)
     low, high = ordered[above - 1], ordered[above]
@@ -289,7 +289,7 @@ def test_the_norm_and_the_activations_round_once_from_float32(shape, device):
         gradients = [torch.autograd.grad(rows.dequantize().float().sum(), x)[0] for rows in (found, expected)]
         torch.testing.assert_close(*gradients)
         torch.testing.assert_close(found.scale, expected.scale)
-        # An error in the last digits of float32 may round a number that lies halfway between two 8-bit ones otherwise.
+        # An error in the last digits of float32 may decide how a number halfway between two 8-bit numbers is rounded.
         assert (found.values.float() != expected.values.float()).double().mean() <= 0.01
 
 

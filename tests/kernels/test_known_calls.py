@@ -160,7 +160,7 @@ def test_addresses_are_those_of_the_tensors(shape, options, with_bias, monkeypat
 
 
 def test_heads_that_are_far_apart_are_copied():
-    """The attention kernels compute an offset between heads in 32 bits, so strides may not exceed these."""
+    """The attention kernels compute an offset between heads in 32 bits, so they cannot take heads further apart."""
     near = torch.empty_strided((1, 1, 2, 1), (0, 0, 2**31 - 1, 1), device="meta")
     far = torch.empty_strided((1, 1, 2, 1), (0, 0, 2**31, 1), device="meta")
     assert calls._have_near_heads(near)
@@ -168,7 +168,7 @@ def test_heads_that_are_far_apart_are_copied():
 
 
 def test_an_odd_address_is_left_to_triton():
-    """A kernel compiled for addresses that are multiples of 16 would read other memory at an address that is none."""
+    """A kernel compiled for addresses that are multiples of 16 would read the wrong memory at any other address."""
     start, started = Start(SimpleNamespace(may_start=lambda: True, index=0, stream_of=lambda index: 7)), []
     start._ready = Compiled(lambda *args: started.append(args), None)
     assert not start.at(32, 0, 24)

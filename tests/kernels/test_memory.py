@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# A program that prints for each of some calls of ops by how many MiB the memory rose above that before the call. Its
-# ``setup`` makes the inputs and loads all libraries first, so that neither counts.
+# A program that prints, for each of some calls of ops, the MiB by which the peak memory exceeds the memory before the
+# call. Its ``setup`` makes the inputs and loads all libraries, so that neither counts.
 PEAKS = """
 import re, torch
 from torch.nn.functional import normalize

@@ -178,7 +178,7 @@ def test_planted_excess_is_seen(changed, problem):
 
 
 def test_planted_product_of_sizes_in_32_bits_is_seen():
-    assert len(offline.narrow_products(product(2))) == 1  # rows * K; products with DIM have a constant factor
+    assert len(offline.narrow_products(product(2))) == 1  # only rows * K, since DIM is a constant in the other products
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def test_reference_copies_nothing_from_the_host():
 
 @pytest.mark.parametrize("keep", [None, 29], ids=["all", "some"])
 def test_splits_add_up(keep, triton_device, monkeypatch):
-    # 3 images have 36 or 29 patches each. They are divided into several splits, of which the last one is shorter.
+    # 3 images have 36 or 29 patches each. The patches are divided into several splits, of which the last is shorter.
     monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
     compare(*call_at("patch_embed", PatchShape(3, 48, 48, 8, 24, keep=keep), triton_device))
 

@@ -17,7 +17,7 @@ from clipfast.kernels.contrastive.stats import Normalizers
 
 
 def gradients(x, y, acc_x, **options):
-    """Return the gradients G y, added to the accumulator ``acc_x``, and G^T x of a strip, with G of its logits."""
+    """Return G y, added to the accumulator ``acc_x``, and G^T x, where G is the gradient of a strip's logits."""
     row, col = (0.01 * torch.rand(2, len(side), generator=torch.Generator().manual_seed(1)) for side in (x, y))
     normalizers = Normalizers(row, col, torch.ones((), dtype=torch.int8))
     acc_y = torch.full(y.shape, torch.nan) if options else torch.zeros(y.shape)

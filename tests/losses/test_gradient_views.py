@@ -29,7 +29,7 @@ def trained(rank, ranks, forgets):
     torch.manual_seed(0)
     config = get_model_config("ViT-T-8-32")
     model = build(config)
-    # The update by SGD needs no memory of its own.
+    # The update of the weights by SGD allocates no memory.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

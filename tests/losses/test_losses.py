@@ -165,7 +165,7 @@ def test_several_ranks_under_autocast(tmp_path):
 
 
 def every_exchange(rank, world_size):
-    """Compute the sigmoid losses of a rank with every exchange between ranks."""
+    """Compute the sigmoid losses of a rank with each of ``DIST_IMPLS``, the ways to exchange texts between ranks."""
     inputs, found = [*features(10.0, rank=rank), torch.tensor(-3.0).double()], {}
     for dist_impl in DIST_IMPLS:
         options = {"rank": rank, "world_size": world_size, "dist_impl": dist_impl}

@@ -39,7 +39,7 @@ def test_the_loss_goes_where_it_goes_with_the_whole_batch(tiny):
 
 
 def limited(forward, room, sizes):
-    """Return ``forward`` for the loss on a device without memory for the graph of more than ``room`` pairs."""
+    """Return a model's ``forward`` as if the memory held the graph of at most ``room`` pairs; note ``sizes`` tried."""
 
     def run(*inputs):
         """Compute the features of a micro-batch, and fail if its graph does not fit into memory."""

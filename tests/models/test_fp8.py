@@ -186,7 +186,7 @@ def test_a_last_block_in_8_bits_computes_all_rows():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, inputs):
     def gradients(fp8, checkpointing=False, compiled=False):
-        """Return the gradients of the model's features."""
+        """Return the gradients of a model's parameters by the contrastive loss, with blocks in 8 bits if ``fp8``."""
         model.set_fp8(fp8, skip=(0, 0))
         model.set_grad_checkpointing(bool(checkpointing), selective=checkpointing == "selective")
         model.zero_grad()

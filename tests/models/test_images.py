@@ -80,7 +80,7 @@ def test_formats_and_modes():
     grey = np.asarray(open_image(encoded(gradient().convert("L"))))
     assert (grey[..., 0] == grey[..., 2]).all()
     assert image_transform(32, False)(gradient().convert("LA")).shape == (3, 32, 32)
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)  # 16 bits are scaled
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)  # 16 bits are scaled to 8
     assert abs(np.asarray(open_image(encoded(Image.fromarray(ramp))))[0, :, 0].astype(int) - np.arange(256)).max() <= 1
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -195,7 +195,7 @@ def test_ratio_jitter_and_grey_of_aug_cfg():
     for aug_cfg in ({"color_jitter_prob": 0.3, **jitter}, {"gray_scale_prob": 0.3}):
         transform = train_transform(**aug_cfg)
         changed = sum(not torch.equal(transform(image), plain) for _ in range(200))
-        assert 35 < changed < 85  # 60 with a standard deviation of 6.5
+        assert 35 < changed < 85  # the number has mean 60 and standard deviation 6.5
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_logit_scale_is_clamped():
 
 
 def small(kind="vit", quick_gelu=False):
-    """Return a CLIP model with a ViT or a ResNet that has all parts of the large ones."""
+    """Return a CLIP model whose small ViT or ResNet has every kind of layer that the large ones have."""
     resnet = VisionConfig(64, (1, 2, 1, 1), 16, 32, patch_size=None)
     vision = VisionConfig(64, 2, 96, 32, 4.3637, 16) if kind == "vit" else resnet
     return CLIP(CLIPConfig(48, vision, TextConfig(width=64, heads=4, layers=2), quick_gelu))

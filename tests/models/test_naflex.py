@@ -32,7 +32,7 @@ GAP = NaFlexConfig(**SIZES, pool="avg", reg_tokens=4, init_values=0.5, interpola
 
 
 def timm_tower(config):
-    """Return timm's tower with these settings, with random weights."""
+    """Return timm's NaFlex tower with the settings of ``config``."""
     return naflex_vit(
         act_layer="gelu_tanh" if config is SIGLIP else None, global_pool=config.pool, reg_tokens=config.reg_tokens,
         init_values=config.init_values, pos_embed_interp_mode=config.interpolation,

@@ -15,7 +15,7 @@ from clipfast.models import transformer as transformer_module
 from clipfast.models.packed_text import PackedText, pack_if_shorter, pack_on_host
 
 LENGTH, END = 24, 99
-# The lengths of the texts of a batch; 0 stands for a caption that is empty, but for its start and end tokens.
+# The lengths of the texts of a batch in tokens; an empty caption has 2, the start and the end token.
 MIXES = {
     "random": torch.randint(1, LENGTH + 1, (13,), generator=torch.Generator().manual_seed(3)).tolist(),
     "equal": [7] * 5,
@@ -113,7 +113,7 @@ def test_a_text_that_sees_its_neighbour_would_be_found():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Return a list that grows by the class of the texts in each call of a text tower."""
+    """Return a list to which each call of a text tower adds the class of its texts, packed or not."""
     seen, embed = [], clip_module.embed_text
     watched = lambda table, positions, text, backend: seen.append(type(text)) or embed(table, positions, text, backend)  # noqa: E731
     monkeypatch.setattr(clip_module, "embed_text", watched)
@@ -125,7 +125,7 @@ def test_texts_are_packed_where_much_is_padding_and_nothing_watches_the_tower(se
     short, long = texts_of([5] * 4), texts_of([LENGTH] * 4)
 
     def is_packed(text=short):
-        """Return whether the model packs a text."""
+        """Return whether the model packs texts, after a check that their features are those of padded ones."""
         features = model.encode_text(text)
         model.pack_text = False
         torch.testing.assert_close(features, model.encode_text(text))
@@ -148,12 +148,12 @@ def test_texts_are_packed_where_much_is_padding_and_nothing_watches_the_tower(se
 
 
 def replace_block(model):
-    """Replace a block by a module of the user's."""
+    """Replace a block of the text tower by another module, as a user may."""
     model.transformer.resblocks[1] = torch.nn.Sequential(model.transformer.resblocks[1])
 
 
 def replace_mlp(model):
-    """Replace an MLP by a module that mixes tokens."""
+    """Replace an MLP of the text tower by a module that mixes tokens."""
     mlp = model.transformer.resblocks[1].mlp
     model.transformer.resblocks[1].mlp = torch.nn.Sequential(mlp, Cumulative())
 
@@ -167,7 +167,7 @@ class Cumulative(torch.nn.Module):
 
 
 def patch_norm(model):
-    """Give a norm another function."""
+    """Replace the ``forward`` of a layer norm in the text tower."""
     model.transformer.resblocks[1].ln_2.forward = lambda x: x
 
 

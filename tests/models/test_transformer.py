@@ -52,7 +52,7 @@ def test_a_block_has_no_operation_too_many(causal, quick_gelu, on_gpu):
         "clipfast.layer_norm_fwd.default": 3 * 2,
         "aten.addmm.default": 3 * (3 if on_gpu else 4),
         "clipfast.attention_fwd.default": 3,
-        "aten.add.Tensor": 1,  # the last addition of a branch; the layer norms fuse all others
+        "aten.add.Tensor": 1,  # of the last branch to the residual stream; layer norms fuse all others
     }
     activation = "clipfast.bias_act_bwd.default" if on_gpu else "aten.gelu_backward.default"
     assert backward.counts == {
@@ -88,7 +88,7 @@ ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
 
 
 def read_with_grads(tower, rows, x):
-    """Return the rows that are read of a transformer's result, and the gradients."""
+    """Return the rows of a transformer's result that a model reads, and the gradients."""
     return gradients(tower, x, lambda x: read_rows(tower, x, rows))
 
 

@@ -307,7 +307,7 @@ def without_stalls(cubin):
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + number * size) for number in range(count)]
     for name, _, _, _, start, length in sections:
         if cubin[sections[names][4] + name :].startswith(b".text."):
-            for place in range(start + 8, start + length, 16):  # the control bits are in the upper half
+            for place in range(start + 8, start + length, 16):  # control bits are in the upper half of 16 bytes
                 (bits,) = struct.unpack_from("<Q", cubin, place)
                 struct.pack_into("<Q", cubin, place, bits & ~(15 << 41) | 1 << 41)
     return bytes(cubin)
