@@ -21,7 +21,8 @@ from .models.naflex_config import MOST_PATCHES
 from .models.sequence_size import ToSequence
 from .models.tokenizer import Tokenizer
 
-# This maps precisions that give all weights one dtype to that dtype. With "amp...", the caller uses autocast.
+# This maps the precisions that give all weights one dtype to that dtype. With "amp...", the caller runs the model under
+# autocast.
 PRECISIONS = {
     "fp32": torch.float32,
     "amp": torch.float32,
@@ -40,7 +41,7 @@ _NO_SOUND = "clipfast builds no models of sound"
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
     "pretrained_image_path": ((None,), _NO_TOWER_WEIGHTS),
-    # Both arguments concern text towers from transformers, which clipfast does not build.
+    # pretrained_text and pretrained_hf concern text towers from transformers, which clipfast does not build.
     "pretrained_text": ((False, True), _NO_TOWER_WEIGHTS),
     "pretrained_text_path": ((None,), _NO_TOWER_WEIGHTS),
     "pretrained_hf": ((False, True), _NO_TOWER_WEIGHTS),

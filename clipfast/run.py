@@ -53,7 +53,7 @@ class Part(NamedTuple):
     # The function that replaces the part, and returns a line about it. Parts with the same function are replaced by one
     # call, which gets their names.
     replace: Callable[[ModuleType, Sequence[str]], str]
-    summary: str  # for --help
+    summary: str  # the line of --help about the part
 
 
 def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
@@ -106,7 +106,7 @@ def apply_to_model(model: Any, names: Sequence[str]) -> str:
     try:
         adopt.apply_to_open_clip(model, **{name: name in names for name in MODEL_PARTS})
     except Exception as error:
-        with contextlib.suppress(TypeError):  # revert_model raises it if the model is not an nn.Module
+        with contextlib.suppress(TypeError):  # revert_model raises a TypeError if the model is not an nn.Module
             adopt.revert_model(model)
         return f"a {kind} is left as it is ({error})"
     places = adopt.count_places(model)
@@ -232,7 +232,7 @@ class ImportHook(MetaPathFinder):
         """Replace the parts of a module of OpenCLIP after its import."""
         for replace, names in self.waiting[module.__name__].items():
             said = replace(module, names)
-            if module.__name__ not in self.done:  # importlib.reload executes a module again: then nothing is printed
+            if module.__name__ not in self.done:  # importlib.reload executes a module again: only the first time prints
                 _say(said)
         unknown = "" if self.done else unknown_version(module.__name__.partition(".")[0])
         if unknown:

@@ -43,7 +43,8 @@ def propose(model: nn.Module, fp8: str, skip: tuple[int, int]) -> Iterator[tuple
         if number < skip[0] or number >= count - skip[1]:
             yield name, block, Proposal(KIND, "16 bits by fp8_skip")
             continue
-        wrapped = [f"{inner}." for inner, part in block.named_modules() if hasattr(part, "base_layer")]  # as peft does
+        # peft's adapters have a base_layer
+        wrapped = [f"{inner}." for inner, part in block.named_modules() if hasattr(part, "base_layer")]
         for inner, layer in block.named_modules():
             if f"{inner}." in wrapped:
                 yield f"{name}.{inner}", layer, Proposal(KIND, "16 bits, as an adapter wraps it")

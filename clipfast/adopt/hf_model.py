@@ -231,7 +231,7 @@ class NoLogits:
         return f"NoLogits: {self.message}"
 
     def __reduce__(self) -> str:
-        return "NO_LOGITS"  # copies and unpickled outputs get the one global object
+        return "NO_LOGITS"  # a copied or unpickled output gets the global object NO_LOGITS
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         """Refuse the logits of a patched transformers model, whose loss never forms them."""

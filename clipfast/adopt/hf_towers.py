@@ -46,7 +46,7 @@ def image_tokens(module: Any, pixel_values: Tensor, interpolate_pos_encoding: bo
         return type(module).forward(module, pixel_values, interpolate_pos_encoding)
     images = pixel_values.to(conv.weight.dtype)
     tokens = patch_embed(images, conv.weight, module.class_embedding, positions.weight)
-    return tokens.to(positions.weight.dtype)  # transformers' result has this dtype under autocast too
+    return tokens.to(positions.weight.dtype)  # transformers' result has the positions' dtype, even under autocast
 
 
 def _is_whole(module: Any, images: Tensor) -> bool:

@@ -36,7 +36,7 @@ _LATER = {
 _METHODS = ("forward_features", "forward_head", "_forward_embeds", "_pool")
 _DROP_PATH = "timm.layers.drop.DropPath"
 _BLOCK = "timm.models.vision_transformer.Block"
-# The parts of blocks that compute each token by itself, and attention.
+# The classes of modules in blocks that compute each token by itself, and the classes of attention.
 _PLAIN = {
     *NORMS, *GELUS, _BLOCK, _DROP_PATH, "timm.layers.mlp.Mlp", "timm.layers.activations.GELUTanh",
     "timm.layers.norm.RmsNorm", "timm.layers.layer_scale.LayerScale", "timm.models.vision_transformer.LayerScale",
@@ -165,7 +165,7 @@ def _images(tower: Any, batch: Mapping[str, Tensor]) -> PackedImages | None:
         return None
     try:
         return unpad_images(batch, for_gpu=patches.device.type != "cpu")
-    except ValueError:  # the patches are no grids
+    except ValueError:  # the patches of an image are no grid
         return None
 
 
@@ -178,7 +178,7 @@ def _embedded(embeds: Any, images: PackedImages) -> tuple[Tensor, Packing]:
     tokens = patch_embed_packed(
         images.patches, images.grids, weight, embeds.pos_embed[0], cu_seqlens=packing, bias=embeds.proj.bias,
         prefix=torch.cat(prefix) if prefix else None, interpolation=embeds.pos_embed_interp_mode,
-        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # both are for uint8 patches only
+        keep_aspect=embeds.pos_embed_ar_preserving, mean=(0.0,), std=(1.0,),  # mean and std: for uint8 patches only
     )  # fmt: skip
     # Under autocast, the prefix tokens stay in float32 in timm, and so do the tokens beside them.
     return tokens.to(torch.promote_types(tokens.dtype, prefix[0].dtype)) if prefix else tokens, packing

@@ -34,7 +34,7 @@ RESIDUAL = "open_clip.transformer.ResidualAttentionBlock"
 _CUSTOM = "open_clip.transformer.CustomResidualAttentionBlock"
 _DECODER = "open_clip.transformer.MultimodalTransformer"
 _TEXT = "open_clip.transformer.TextTransformer"
-_MAMMUT = "open_clip.transformer.MultimodalDecoder"  # OpenCLIP has this class from version 4 on
+_MAMMUT = "open_clip.transformer.MultimodalDecoder"  # OpenCLIP has the class MultimodalDecoder from version 4 on
 _PADDING = "its mask hides padding"
 
 

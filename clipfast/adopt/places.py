@@ -102,7 +102,7 @@ class Replacement:
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        # torch.jit.script reads this attribute, and shows this error.
+        # torch.jit.script reads the attribute __globals__, and shows the error below.
         raise AttributeError(
             f"torch.jit.script cannot compile a {type(self.module).__name__} that runs on clipfast: call "
             "clipfast.revert_model(model) before"
@@ -207,7 +207,7 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
     elif there.is_off:  # a wrapper still holds a replacement from before ``revert_model``
         there.function, there.owner, there.options = proposal.function, proposal.owner, options
         there.is_off = there.is_always_ours = False
-    else:  # a second proposal for the same method
+    else:  # our replacement is there already, and gets a further option
         there.options |= options
     runs_everywhere = hasattr(proposal.function, "on_cpus") or kind == "fp8"
     return Place(name, kind, method, proposal.text + ("" if runs_everywhere else ON_GPUS))

@@ -60,7 +60,7 @@ def place_lines(model: nn.Module) -> Iterator[tuple[str, str, str]]:
 def _applied(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the patched parts of ``model``, each with a prefix for the names of its modules."""
     parts = [(name, module) for name, module in model.named_modules() if RECORD in module.__dict__]
-    if len(parts) == 1:  # this is the model itself, perhaps in a wrapper, and its modules' names need no prefix
+    if len(parts) == 1:  # the whole model, perhaps in a wrapper: names need no prefix
         return [("", parts[0][1])]
     return [(f"{name}." if name else "", module) for name, module in parts]
 

@@ -49,7 +49,8 @@ def _propose_latent(module: Any) -> Proposal:
 
 ATTENTIONS = {
     "timm.layers.attention.Attention": _propose_plain,
-    "timm.models.vision_transformer.Attention": _propose_plain,  # until 1.0.16, timm's attention was in this module
+    # until 1.0.16, timm's attention was in timm.models.vision_transformer
+    "timm.models.vision_transformer.Attention": _propose_plain,
     "timm.layers.attention.AttentionRope": _propose_rope,
     "timm.models.eva.EvaAttention": _propose_rope,
     "timm.layers.attention_pool.AttentionPoolLatent": _propose_latent,
@@ -172,7 +173,8 @@ def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | PackedTokens | None 
     packed = attn_mask if isinstance(attn_mask, PackedTokens) else None
     is_long = packed is None and x.shape[1] > MAX_TOKENS
     if attn_mask is not packed or not is_known or is_long or not computes(x):
-        options = {} if attn_mask is None else {"attn_mask": attn_mask}  # older versions lack the argument
+        # older versions of timm lack the argument attn_mask
+        options = {} if attn_mask is None else {"attn_mask": attn_mask}
         return type(module).forward(module, x, **options)
     if module.pos_embed is not None:
         x = x + module.pos_embed.unsqueeze(0).to(x.dtype)

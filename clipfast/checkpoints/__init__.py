@@ -7,4 +7,4 @@ model. ``layouts`` recognises the layout of a file or folder, ``open_clip_layout
 other packages, ``resolve`` determines settings that a checkpoint does not tell, and ``convert`` writes another layout.
 """
 
-TARGETS = ("open_clip", "hf", "clipfast")  # the layouts that ``convert_checkpoint`` can write
+TARGETS = ("open_clip", "hf", "clipfast")  # the layouts of checkpoints that ``convert_checkpoint`` can write

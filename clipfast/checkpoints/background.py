@@ -96,7 +96,7 @@ class HostCopy:
             part = self._copy_tensor(to_local(content.detach()), path, buffers)
             return self._cut(part, content) if is_dtensor(content) else part
         if isinstance(content, dict):
-            copied = copy.copy(content)  # it keeps the attributes that PyTorch adds to a state dict
+            copied = copy.copy(content)  # a copy has the attributes that PyTorch adds to a state dict
             copied.update({key: self._copy(value, (*path, key), buffers) for key, value in content.items()})
             return copied
         if isinstance(content, list | tuple):

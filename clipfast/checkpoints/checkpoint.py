@@ -25,7 +25,7 @@ from ..models.positions import grid_side, positions_name, resize_context, resize
 
 log = logging.getLogger("clipfast")
 TRUNK_PREFIX = "visual.trunk."  # the prefix of names in SigLIP's image tower
-# Parameters that tell CLIP with timm's NaFlex tower from SigLIP.
+# The names of two parameters by which CLIP with timm's NaFlex tower differs from SigLIP.
 NAFLEX_CLIP = {"visual.trunk.embeds.proj.weight", "visual.head.proj.weight"}
 TEXT_PREFIX = "text."  # the prefix of names in the text tower of OpenCLIP's models with custom_text
 # The prefixes that DistributedDataParallel and torch.compile add to the names of a model.
@@ -121,7 +121,7 @@ def check_archive(file: IO[bytes], name: str | Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """Read a safetensors checkpoint, and clipfast's notes in its header."""
-    from safetensors import safe_open  # not at the top: a machine that only runs kernels may lack it
+    from safetensors import safe_open  # imported here, as a machine that only runs kernels may lack it
 
     with safe_open(path, framework="pt") as file:
         own = (file.metadata() or {}).get("clipfast", "{}")
@@ -230,7 +230,7 @@ def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:
     own, changes = model.state_dict(), []
     name, text_name = positions_name(weights), text_positions_name(weights)
     if name is not None and _is_resizable(weights[name], own.get(name)):
-        with contextlib.suppress(ValueError):  # the later check of all shapes reports the problem
+        with contextlib.suppress(ValueError):  # check_weights reports the problem later
             old, new = grid_side(name, weights[name]), grid_side(name, own[name])
             weights[name] = resize_positions(name, weights[name], new)
             changes.append(f"{old}x{old} to {new}x{new}")

@@ -64,7 +64,7 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
                     library_version=__version__, local_files_only=only_cached,
                 )
             )  # fmt: skip
-        except Exception as error:  # huggingface_hub also passes on errors of the network
+        except Exception as error:  # huggingface_hub raises errors of the network, too
             if not only_cached:
                 failures.append(error)
             is_missing = isinstance(error, errors.EntryNotFoundError)

@@ -27,8 +27,8 @@ from .preprocessing import complete_preprocessing
 CONFIG_NAME = "config.json"
 _INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAMES = ("model.safetensors", _INDEX_NAME, "pytorch_model.bin")
-PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")  # newer versions of transformers write the 2nd
-_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")  # newer transformers write the 2nd
+_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's filters
 
 
 def read_folder(folder: Path) -> Contents:
@@ -143,7 +143,8 @@ def _to_image_processor(preprocessing: Mapping[str, Any], image_size: int, *, is
             f"{interpolation!r}"
         )
     square, crops = {"height": image_size, "width": image_size}, mode == "shortest"
-    kind = "SiglipImageProcessor" if is_siglip and not crops else "CLIPImageProcessor"  # SigLIP's class cannot crop
+    # SigLIP's image processor cannot crop
+    kind = "SiglipImageProcessor" if is_siglip and not crops else "CLIPImageProcessor"
     done = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
     return {
         "image_processor_type": kind, **done, "do_center_crop": crops, "crop_size": square,

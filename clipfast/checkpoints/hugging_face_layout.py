@@ -19,7 +19,7 @@ from ..models.siglip_config import EPS, EXACT, TANH
 from .checkpoint import CheckpointError, is_siglip_state
 from .tensor_shapes import mlp_ratio, settled, similar
 
-ELSEWHERE = "convert it --to open_clip or --to clipfast"  # these layouts can hold every model
+ELSEWHERE = "convert it --to open_clip or --to clipfast"  # both layouts can hold every model of clipfast
 _TRANSPOSED = ("text_projection", "visual.proj")
 _PACKED = re.compile(r"attn\.(?:qkv\.|in_proj_)(weight|bias)")
 _BLOCK = re.compile(r"(.+(?:resblocks|blocks))\.(\d+)\.(.+)")
@@ -190,7 +190,7 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
             return settled(CLIPConfig(raw.get("projection_dim", 512), image, words, gelus[0]))
         width = text["projection_size"] or text["hidden_size"]
         config = SigLIPConfig(width, image, words, image_gelu=gelus[0], text_gelu=gelus[1])
-        return similar(dataclasses.replace(config, clean="canonicalize"))  # as SiglipTokenizer cleans texts
+        return similar(dataclasses.replace(config, clean="canonicalize"))  # transformers' SiglipTokenizer cleans so
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} is not a model configuration that clipfast implements: {error}") from error
 

@@ -93,7 +93,8 @@ class Checkpoints:
         """
         damaged: list[str] = []
         kept = self.kept()
-        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():  # runs of OpenCLIP may lack ``latest``
+        # runs of OpenCLIP may have no epoch_latest.pt
+        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():
             damaged.append(f"{self.latest} is missing")
         for path in kept:
             try:

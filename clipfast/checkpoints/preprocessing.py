@@ -48,7 +48,8 @@ def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False)
     for key in ("mean", "std"):
         value = complete[key]
         is_three = isinstance(value, list | tuple) and len(value) == 3
-        is_right = is_three and all(isinstance(x, int | float) and abs(x) < 1e6 for x in value)  # also False for NaN
+        # the comparison is False for NaN
+        is_right = is_three and all(isinstance(x, int | float) and abs(x) < 1e6 for x in value)
         if not is_right or (key == "std" and min(value) <= 0):
             kind = "positive numbers" if key == "std" else "numbers"
             raise CheckpointError(f"the {key} of images must be three {kind}, got {value!r:.80}")

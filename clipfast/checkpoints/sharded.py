@@ -21,7 +21,7 @@ from .checkpoint import CheckpointError
 from .torch_dcp import METADATA_NAME, read_metadata, read_tensor
 
 MANIFEST = "manifest.json"
-REST = "rest.pt"  # everything that is not a tensor, with placeholders for the tensors
+REST = "rest.pt"  # the file of everything but tensors, with placeholders for the tensors
 _TENSOR = "name of a tensor"
 
 

@@ -149,7 +149,7 @@ def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: boo
             f"{HUB_PREFIX}{model_name}"
         )
     if repository is None:
-        return model_source(get_model_config(model_name))  # this raises the error about an unknown name
+        return model_source(get_model_config(model_name))  # get_model_config raises the error about an unknown name
     return _in_repository(repository, model_name, cache_dir, fetch_weights)
 
 

@@ -21,7 +21,7 @@ from .open_clip_layout import refuse_hugging_face_names
 from .preprocessing import complete_preprocessing
 
 METADATA_NAME = ".metadata"
-MAX_METADATA = 1 << 30  # the largest index that is read, in bytes
+MAX_METADATA = 1 << 30  # the limit in bytes of the index file that is read
 _METADATA_CLASSES = (
     "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
@@ -160,6 +160,6 @@ def _read_number(folder: Path, metadata: Any, name: str) -> int | None:
         return None
     try:
         value = _read_slice(folder, metadata.storage_data[found[0]])
-    except Exception:  # a missing number is not worth an error
+    except Exception:  # a missing epoch or step is not worth an error
         return None
     return value if isinstance(value, int) else None

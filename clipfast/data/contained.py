@@ -97,7 +97,8 @@ def _ask(file: IO[bytes], request: dict[str, Any], target: Writable | None = Non
     """Send a request to the process that reads Parquet and Arrow files, and return its answer."""
     global _reader
     with _lock:
-        if _reader is not None and _reader.poll() is not None:  # something else ended the reader: no file is to blame
+        # something other than a damaged file ended the reader process
+        if _reader is not None and _reader.poll() is not None:
             _end()
         reader = _reader = _reader or _start()
         try:
@@ -121,7 +122,7 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-c", PROGRAM, str(folder.parent), str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        bufsize=0,  # no buffer, because its lock could be held when the process forks
+        bufsize=0,  # no buffer, because a buffer's lock could be held when the process forks
         start_new_session=True,  # a Ctrl-C must reach only the process that asks
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from .names import PIPE, has_footer, has_rows, is_remote
 from .remote import FetchError, Found, if_there, opened
 from .staging import is_direct
 
-SIZES = "sizes.json"  # {"00000.tar": 10000, ...}
+SIZES = "sizes.json"  # the file with the counts of a folder's shards: {"00000.tar": 10000, ...}
 STATS = "_stats.json"  # suffix of img2dataset's statistics, whose entry "successes" is the number of samples
 MAX_DIGITS = 15
 
@@ -29,7 +29,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, Any] | FetchError] = {}
-        self._whole = set[str]()  # folders of servers that send nothing but whole files
+        self._whole = set[str]()  # folders on servers that send nothing but whole files
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[int, str] | None:
@@ -71,7 +71,7 @@ class Counts:
             if path not in self._sizes:
                 try:
                     self._sizes[path] = _object(path)
-                except FetchError as error:  # threads that wait for this file get the error, too
+                except FetchError as error:  # kept, since other threads that need this file shall get the error too
                     self._sizes[path] = error
             found = self._sizes[path]
         if isinstance(found, FetchError):

@@ -74,7 +74,7 @@ class Drawings:
         shapes = self.numbers[:, COLUMNS.shape]
         for shape, distances in enumerate(SHAPES.values()):
             for places in (shapes == shape).nonzero()[:, 0].split(together):
-                if len(places):  # torch.split of an empty tensor gives one part
+                if len(places):  # torch.split of an empty tensor yields one empty part
                     numbers = self.numbers[places].to(device, non_blocking=True)
                     coverage = _coverage(distances(_Plane(numbers, size)))
                     images.index_copy_(0, places.to(device, non_blocking=True), _painted(numbers, coverage))

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 SIDE = 64  # side of the pictures in pixels
 FINER = 4  # pictures are drawn at this many times their size, and averaged
-STAMP = "0/1"  # in place of a file's size and modification time; the second number changes when scenes change
+STAMP = "0/1"  # takes the place of a file's size and time of change; the second number changes when scenes do
 COLOURS = {
     "red": (215, 35, 35), "yellow": (245, 205, 30), "green": (30, 150, 65), "blue": (40, 85, 220),
     "purple": (150, 55, 185), "black": (25, 25, 25),
 }  # fmt: skip
-SHADE = 12  # how far each channel may differ from the colour of the name
+SHADE = 12  # how far each channel of a shape may differ from the named colour
 LIGHTEST, DARKEST = 250, 222  # the range of the grey levels of backgrounds
 TURN = 12  # shapes are turned by up to this many degrees to either side
 COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -55,7 +55,7 @@ def _scaled(points: Sequence[tuple[float, float]], factor: float) -> tuple[tuple
     return tuple((factor * x, factor * y) for x, y in points)
 
 
-# The corners of a cross; its arms are two wide and six long.
+# The corners of a cross, in units of which its arms are two wide and six long.
 _CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
 # Corners of a shape around its centre, in radii; none for round shapes.
 SHAPES: dict[str, tuple[tuple[float, float], ...]] = {

@@ -29,9 +29,9 @@ from .crops import ORIENTATION, UPRIGHT, CroppedImages
 log = logging.getLogger("clipfast")
 
 START, SCAN, END = b"\xff\xd8", 0xDA, b"\xff\xd9"
-OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these three markers begin no frame
-MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # any marker but an escaped byte 255 and a restart
-MAX_PIXELS = 1 << 26  # pixels that are decoded together: 192 MiB
+OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers C4, C8 and CC begin no frame
+MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # any marker of JPEG but an escaped byte 255 and a restart
+MAX_PIXELS = 1 << 26  # the most pixels of images that are decoded together: 192 MiB
 
 
 class EncodedCrop(NamedTuple):
@@ -101,7 +101,7 @@ def decodable(data: bytes) -> tuple[bytes, int, int] | None:
         if is_plain and image.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT:
             width, height = image.size
             image.draft("RGB", (-(-width // 8), -(-height // 8)))
-            image.load()  # this raises the errors that libjpeg would raise for the whole file
+            image.load()  # loading raises the errors that libjpeg would raise for the whole file
             return data[: end.end()], width, height
     return None
 

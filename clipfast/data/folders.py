@@ -104,7 +104,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
         inside = pending.pop()
         folder = os.path.join(root, inside)
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # links can make a loop
+        if (status.st_dev, status.st_ino) in seen:  # links between folders can make a loop
             continue
         seen.add((status.st_dev, status.st_ino))
         names, folders = list[str](), list[str]()
@@ -120,7 +120,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Return True if an entry of a folder of images is a folder itself."""
     try:
         return entry.is_dir()
-    except OSError:  # for instance a link to itself
+    except OSError:  # for instance, the entry is a link to itself
         return False
 
 

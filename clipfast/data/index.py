@@ -113,7 +113,7 @@ class IndexCache:
 
     def __init__(self, folder: Path | None = None, separator: str | None = None) -> None:
         self.folder, self.separator = folder or cache_folder(), separator
-        max_bytes()  # an environment variable that is no number is refused here, and not in a data worker
+        max_bytes()  # refuses a wrong CLIPFAST_CACHE_BYTES already here, and not in a data worker
 
     def format_of(self, name: str) -> Format:
         """Return the file format of a shard by its name."""
@@ -203,7 +203,7 @@ class IndexCache:
 
     def touch(self, name: str) -> None:
         """Mark the copy of this shard as just used, so that other copies are removed first."""
-        with contextlib.suppress(OSError):  # there is no copy, or the file system refuses
+        with contextlib.suppress(OSError):  # there is no copy of the shard, or the file system refuses
             os.utime(copy_path(name, self._copies))
 
     @property
@@ -292,7 +292,7 @@ class IndexCache:
             with self._entry(name).open("rb") as file:
                 header: dict[str, Any] = json.loads(file.readline())
             now = stamp(name)
-        except Exception:  # any error of a file system: indexing will raise it again
+        except Exception:  # indexing the shard will raise any error of a file system again
             return None
         if header.pop("version", None) != VERSION or (header["name"], header["stamp"]) != (name, now):
             return None
@@ -319,7 +319,7 @@ class IndexCache:
             if counted not in (None, index.count):
                 return index
             kept = {"version": VERSION, **dataclasses.asdict(index)}
-            del kept["counted_in"]  # always None here, and absent from entries of earlier versions
+            del kept["counted_in"]  # always None for an index, and absent from entries of earlier versions
             header = json.dumps(kept).encode() + b"\n"
             content = header + found.astype("<u8").tobytes()
             replace_file(entry, lambda temporary: temporary.write_bytes(content), len(content))

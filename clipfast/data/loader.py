@@ -235,7 +235,7 @@ class PairBatches(Dataset[Batch]):
                 return pair
             except SampleError as error:
                 tried.append(Skipped(name, error.kind, str(error)))
-                if len(tried) == 1:  # an unusable substitute is not listed here, but at its own place in the order
+                if len(tried) == 1:  # an unusable substitute is listed at its own place in the order
                     skipped.append(tried[0])
         raise ValueError(f"not one of {len(tried)} samples can be used; first: {tried[0]}")
 
@@ -267,7 +267,7 @@ class PairBatches(Dataset[Batch]):
             field(raw, self.unique_by)
         text = caption(raw, self.keyword_prob, random.Random(seed), self.keys)
         data = image_bytes(raw, self.keys)
-        with torch.random.fork_rng(devices=[]):  # this process keeps its own random state
+        with torch.random.fork_rng(devices=[]):  # afterwards this process has its own random state again
             torch.default_generator.manual_seed(seed)
             return self.transform(data), text
 

@@ -45,7 +45,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
     shards = [path for shard in named for path in _matches(shard)]
-    modes = [0 if ":" in shard else _mode(shard) for shard in shards]  # one os.stat for each, as there may be many
+    # one os.stat for each shard, as there may be many
+    modes = [0 if ":" in shard else _mode(shard) for shard in shards]
     missing = [shard for shard, mode in zip(shards, modes, strict=True) if ":" not in shard and not mode]
     if missing:
         what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
@@ -60,7 +61,7 @@ def _mode(path: str) -> int:
     """Return type and permissions of a path that names shards, as :mod:`stat` reads them; 0 if there is no file."""
     try:
         return os.stat(path).st_mode
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # os.stat raises ValueError for a name that no file can have
         return 0
 
 
@@ -86,7 +87,7 @@ def _named_by(pattern: str) -> Iterator[str]:
         return ""
 
     found = 0
-    for _ in range(MAX_NESTED):  # from the innermost braces outward
+    for _ in range(MAX_NESTED):  # braces are removed from the innermost outward
         left, found = re.subn(r"\{([^{}]*)\}", count, left)
     if most > MAX_SHARDS or found:
         raise ValueError(f"{pattern:.80} may name more than {MAX_SHARDS:,} shards: use wildcards, or name a folder")

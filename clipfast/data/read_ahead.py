@@ -65,7 +65,7 @@ class ReadAhead:
         self._closed, self._changed = threading.Event(), threading.Condition()
 
     def __enter__(self) -> Self:
-        atexit.register(self._closed.set)  # the process may end before the context does
+        atexit.register(self._closed.set)  # the process may end while the context is open
         for _ in range(THREADS if self._sources else 0):
             threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
         return self
@@ -90,7 +90,7 @@ class ReadAhead:
     def _run(self) -> None:
         """Copy shards ahead of their use, until training ends."""
         cancelled.set(self._closed)
-        with contextlib.suppress(ValueError):  # the order cannot be computed; the data workers raise the same error
+        with contextlib.suppress(ValueError):  # ValueError: the order cannot be computed, as data workers say too
             while (wanted := self._next()) is not None:
                 size = 0
                 with contextlib.suppress(Exception):  # the data worker that needs the shard raises the error again
@@ -108,7 +108,7 @@ class ReadAhead:
                 if self._touched < self._at:
                     self._look()
                     continue
-                while self._queue and self._queue[0].batch < self._at:  # a data worker has copied it already
+                while self._queue and self._queue[0].batch < self._at:  # a data worker has copied the shard already
                     self._queue.popleft()
                 if self._queue and self._fits(self._queue[0].batch):
                     self._bringing += 1

@@ -16,7 +16,8 @@ from .rows import ContentError
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of this process's limits, not of a file
+# errors that mean this process's limits, and not a fault of the file
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 PATIENCE = 120.0  # seconds after which no third or later attempt is made
 CONNECT, READ = 10.0, 20.0  # seconds that a web server may take to accept a connection, and to send the next bytes
 WEB = ("http://", "https://")
@@ -78,7 +79,7 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
                 raise
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()) or type(cause).__name__
-            # A second attempt follows even if the first one took very long.
+            # A second attempt to read the shard follows even if the first one took very long.
             if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):
                 tried = f" ({number} attempts)" if number > 1 else ""
                 raise FetchError(f"{what} {name} cannot be read: {reason}{tried}") from error
@@ -130,7 +131,7 @@ def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
         try:
             yield cast(IO[bytes], process.stdout)
         except BaseException:
-            process.kill()  # otherwise Popen would wait, and a loop in a shell runs on without a reader
+            process.kill()  # else Popen would wait, and a loop in a shell runs on without a reader
             raise
     if process.returncode:
         raise OSError(f"the command ended with status {process.returncode}")

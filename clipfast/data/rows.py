@@ -91,7 +91,7 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # this is the system's error: the disk or the network failed
+            raise  # the system reports that the disk or the network failed
         kind = "a Parquet" if has_footer(name) else "an Arrow"
         raise ContentError(f"it is damaged, or not {kind} file: {error}; copy or write it again") from error
 
@@ -100,7 +100,7 @@ def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
     """Yield the record batches of a Parquet shard."""
     from pyarrow.parquet import ParquetFile
 
-    # This reads each column in pieces: a column of a row group may be as large as the file.
+    # Each column is read a buffer at a time, because a column of a row group may be as large as the file.
     yield from ParquetFile(file, buffer_size=BUFFER, pre_buffer=False).iter_batches(ROWS, use_threads=False)
 
 
@@ -238,7 +238,7 @@ def serve() -> None:
     pieces, each after a line with its length, and then a line with the result.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # the limit may be lower already, or the system may not support it
+    with contextlib.suppress(ValueError, OSError):  # the memory limit may be lower already, or unsupported
         resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     for line in sys.stdin.buffer:
         answer = _answer(json.loads(line))
@@ -267,7 +267,7 @@ def _answer(request: dict[str, Any]) -> list[Any]:
         return ["system", error.errno, error.strerror, error.filename]
     except MemoryError:
         return ["content", f"reading it takes more than {MAX_MEMORY >> 30} GiB of memory: write smaller batches"]
-    except Exception as error:  # any error that a damaged file may cause
+    except Exception as error:  # a damaged file may cause any error in pyarrow
         return ["content", f"it is damaged: {error!r:.200}; copy or write it again"]
 
 

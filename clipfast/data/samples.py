@@ -206,7 +206,7 @@ def _read(folder: str, name: str, what: str) -> tuple[str, bytes]:
             return path, read_regular(path, MAX_MEMBER)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError) as error:  # ValueError: the name is impossible for a file
+        except (OSError, ValueError) as error:  # ValueError: no file can have this name
             reason, is_huge = getattr(error, "strerror", None) or error, getattr(error, "errno", 0) == errno.EFBIG
             raise SampleError(
                 f"{path!r:.200} cannot be read: {reason}", f"{'huge' if is_huge else 'missing'} {what}"

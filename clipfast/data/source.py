@@ -80,7 +80,7 @@ class _OpenShard:
     extents: Extents
     unit: int
     parse: Callable[[bytes], RawSample]
-    last: int = 0  # the count of all reads when this shard was last read
+    last: int = 0  # the count of the source's reads when this shard was last read
 
 
 def open_sources(
@@ -258,7 +258,7 @@ class ShardSource:
             try:
                 self.shards[shard] = self._completed(self.shards[shard])
             except ShardError as error:
-                if error.kind != "missing shard":  # a missing shard is tried again, as it may be there later
+                if error.kind != "missing shard":  # a missing shard may be there later, and is tried again
                     self._refused[shard] = str(error), error.kind
                 raise
         return self.shards[shard]
@@ -356,7 +356,7 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
     Raises:
         ShardError: a shard cannot be read.
     """
-    keys = dataclasses.replace(keys, images=())  # images are not read
+    keys = dataclasses.replace(keys, images=())  # no keys of images: images are not read for identities
     column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
     found, first = np.empty(len(source), np.uint64), 0
     for number, shard in enumerate(each(source.shards, f"reading every {unique_by}", "shards")):

@@ -84,7 +84,7 @@ def is_direct(name: str) -> bool:
         with open_regular(name) as file:
             return not is_compressed(file.read(BLOCK))
     except OSError:
-        return True  # opening the shard will raise the error
+        return True  # opening the shard will raise the error again
 
 
 def stamp(name: str) -> str:
@@ -182,7 +182,7 @@ def room(folder: Path) -> int:
 
 def _stamp_or_none(name: str) -> str | None:
     """Return the stamp of a shard; None if its server does not answer now."""
-    with contextlib.suppress(Exception):  # any error of a file system: fetching will raise it again
+    with contextlib.suppress(Exception):  # fetching the shard will raise any error of a file system again
         return stamp(name)
     return None
 
@@ -204,7 +204,7 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
             return
         try:
             yield True
-        finally:  # closing would not unlock: a process forked meanwhile has the file open too
+        finally:  # closing would not unlock it, if a process forked meanwhile has the file open
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
@@ -226,7 +226,7 @@ def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     def attempt() -> str:
         """Copy a shard once, and return its stamp."""
         nonlocal now
-        known, now = stamp(name) if now is None else now, None  # the next attempt reads the stamp again
+        known, now = stamp(name) if now is None else now, None  # the next attempt reads the shard's stamp again
 
         def write(temporary: Path) -> None:
             """Write the copy of a shard, and refuse it if the shard was changed meanwhile."""
@@ -288,7 +288,7 @@ def _copy(name: str, path: Path) -> None:
             _copy_decompressed(name, source, file)
         elif not is_remote(name):
             copy_rows(source, name, _Limited(file), Path(name).parent)
-        else:  # download the file unchanged first
+        else:  # a remote Parquet or Arrow file is first downloaded unchanged
             with tempfile.TemporaryFile(dir=path.parent) as whole:
                 shutil.copyfileobj(source, _Limited(whole), CHUNK)
                 whole.flush()
@@ -305,7 +305,7 @@ def _copy_decompressed(name: str, source: IO[bytes], file: IO[bytes]) -> None:
         decompress = next(found for magic, found in COMPRESSIONS.items() if start.startswith(magic))
         stream = decompress(cast(IO[bytes], stream))
     try:
-        while data := stream.read1(CHUNK):  # ``read`` would lose the bytes before an error
+        while data := stream.read1(CHUNK):  # ``read`` would lose the bytes before an error, ``read1`` does not
             target.write(data)
             kept = len(data.rstrip(b"\0"))
             content = written + kept if kept else content
@@ -348,7 +348,7 @@ def _copies(folder: Path) -> list[tuple[int, int, Path]]:
     """List the copies of shards: the time of the last opening, the size, and the path of each."""
     found = []
     for path in folder.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # another process is removing copies
+        with contextlib.suppress(FileNotFoundError):  # another process may be removing copies
             status = path.stat()
             found.append((status.st_mtime_ns, status.st_size, path))
     return found

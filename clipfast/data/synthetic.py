@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 READ_SIZE = 224  # side in pixels of pictures that are read one by one
-STAMP = "0/1"  # in place of a file's size and modification time; the second number changes when pairs change
+STAMP = "0/1"  # takes the place of a file's size and time of change; the second number changes when pairs do
 COLOURS = {
     "red": (215, 40, 40), "orange": (245, 135, 25), "yellow": (240, 220, 45), "green": (40, 160, 70),
     "blue": (40, 85, 215), "purple": (125, 50, 170), "pink": (245, 160, 195), "brown": (115, 70, 40),
@@ -37,7 +37,7 @@ SHADE = 10  # how far each channel of a colour may differ from the colour of its
 SIZES = {"small": 120, "medium": 190, "large": 270}  # radii; this and the lengths below are 1024ths of the image's side
 SPREAD = 12  # how far a radius may differ from the radius of its name
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
-STEP, SHIFT = 195, 25  # distance between two places, and how far a centre may be from its place
+STEP, SHIFT = 195, 25  # distance between two named places, and how far a shape's centre may be from its place
 NO_FRAME = "none"
 WORDS = {
     "shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS), "frame": tuple(COLOURS),

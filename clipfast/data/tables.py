@@ -138,7 +138,7 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
             held.clear()
             try:
                 row = next(rows, None)
-            except csv.Error as error:  # for example a quote that is not closed
+            except csv.Error as error:  # for example, a quote of the row is not closed
                 records.damage[f"line {count + 1}: {error}"] = lines.count - count
                 continue
             if row is None:

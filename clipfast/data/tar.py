@@ -52,7 +52,7 @@ class Member(NamedTuple):
 class Damage(NamedTuple):
     """A damaged part of a tar archive: bytes that belong to no readable member."""
 
-    offset: int  # offset of the first byte
+    offset: int  # offset of the first damaged byte
     size: int | None  # number of bytes; None if the loss is unknown: the archive is cut short, or ends at a huge member
     reason: str
 
@@ -121,7 +121,7 @@ def read_header(block: bytes) -> Header | None:
     except ValueError:
         stated = size = -1
     if size < 0 or len(block) < BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stated:
-        try:  # tarfile knows the other forms of numbers and checksums
+        try:  # tarfile knows the other forms of numbers and checksums in headers
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             return None
@@ -266,7 +266,7 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
     for hole in holes:
         after = bisect.bisect(begins, hole.offset)
         beside = found[max(after - 1, 0) : after + 1]
-        if after and found[after - 1][1] > hole.offset:  # the damage is within a sample
+        if after and found[after - 1][1] > hole.offset:  # the damage is within a sample, not between two
             del beside[1:]
         cropped = sum(not is_whole for _, _, is_whole in beside)
         lost = ((hole.size or 0) - cropped * 2 * BLOCK) // smallest
@@ -288,7 +288,7 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
         if extent is None or not hops:
             why = "which is not in the shard" if extent is None else "and that to another, too many times"
             raise SampleError(f"{member.name} is a link to {member.link}, {why}", "broken link")
-        # A ValueError here means that the shard was replaced.
+        # If this raises a ValueError, the shard was replaced after its members were listed.
         (target,) = _members(os.pread(descriptor, extent[1], extent[0]))
         return member._replace(data=content(target, hops - 1).data)
 

@@ -54,7 +54,7 @@ class EveryPair(Dataset[list[Skipped]]):
         place, first, stop = piece
         source = self.batches.sources[place]
         tried = [try_pair(self.batches, source, number) for number in range(first, stop)]
-        source.close()  # otherwise too many shards could be open
+        source.close()  # without this, too many shards could be open
         return [one for one in tried if isinstance(one, Skipped)]
 
 

@@ -121,7 +121,7 @@ def _first_death(workers: Sequence[BaseProcess]) -> str | None:
             code = next((code for one in ended if (code := by_sentinel[one].exitcode) != 0), 0)  # type: ignore[index]
             if code == 0:
                 return None
-            if code is None:  # PyTorch has read the exit status first, which can be read only once
+            if code is None:  # PyTorch has already read the exit status, which can be read only once
                 return "it has ended, and its status is lost"
             return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
     return "it has ended"

@@ -49,7 +49,8 @@ def thumbnail(image: Image.Image, side: int = SIDE) -> str:
     small = image.convert("RGB")
     small.thumbnail((side, side))
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85, subsampling=0)  # subsampled colours of small pictures would blur
+    # subsampling=0, because the colours of small pictures would blur
+    small.save(stream, "JPEG", quality=85, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

@@ -12,7 +12,8 @@ FIRST, LONGEST = 5.0, 60.0  # seconds until the first line, and longest time bet
 
 T = TypeVar("T")
 Advance = Callable[[int], object]  # a function that takes the number of newly finished units
-Progress = Callable[[int, str, str], contextlib.AbstractContextManager[Advance]]  # a function of total, task and unit
+# a function of the total, the task's name and the unit's name
+Progress = Callable[[int, str, str], contextlib.AbstractContextManager[Advance]]
 
 
 @contextlib.contextmanager

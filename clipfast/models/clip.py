@@ -27,7 +27,7 @@ class CLIPOutput(NamedTuple):
 
     image_features: Tensor | None  # [B, embed_dim]
     text_features: Tensor | None  # [B, embed_dim]
-    logit_scale: Tensor  # [], after exp
+    logit_scale: Tensor  # [], exp(logit_scale)
 
 
 class CLIP(nn.Module):

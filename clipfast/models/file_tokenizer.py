@@ -59,7 +59,7 @@ class FileTokenizer:
         self.vocab_size = int(self._tokenizer.get_vocab_size())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.encode("a photo of a \u2603")  # a trial, because some files load, but fail on unknown characters
+        self.encode("a photo of a \u2603")  # a trial, because some tokenizer files load, but fail on unknown characters
         self._added = int(self._tokenizer.num_special_tokens_to_add(False))
         self._check_length(context_length)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # functions import Pillow where they use it, so that the mode
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
+MAX_PIXELS = 89_478_485  # Pillow's own limit of pixels: a quarter of a gigabyte as RGB
 MAX_ASPECT = 200
 # OpenCLIP's names of interpolations and resize modes; the first of each is the default.
 INTERPOLATIONS = ("bicubic", "bilinear", "random")

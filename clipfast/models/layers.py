@@ -69,7 +69,7 @@ class InProjection(nn.Linear):
     def __init__(self, attn: "Attention") -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = attn.in_proj_weight.shape
-        self.__dict__["attn"] = attn  # ``attn`` must not be a submodule, as it would be a child of its own child
+        self.__dict__["attn"] = attn  # no submodule, as ``attn`` would be a child of its own child
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]

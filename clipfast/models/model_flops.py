@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import CLIP
 from .naflex import NaFlexVision
 
-COUNTED = 2  # FLOPs are counted for this many pairs, and then multiplied, since every pair has the same number
+COUNTED = 2  # FLOPs are counted for this many pairs, and then multiplied, since all pairs take equally many
 
 
 def training_flops(model: CLIP, pairs: int, seq_len: int | None = None) -> float:

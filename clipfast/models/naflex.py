@@ -124,7 +124,8 @@ _inverse_of_resizing._dynamo_marked_constant = True  # type: ignore[attr-defined
 @functools.lru_cache(maxsize=64)
 def _known_inverse(old: int, new: int, interpolation: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Compute the matrix of :func:`_inverse_of_resizing`, once for each set of arguments."""
-    # Later calls use the matrix too, so it must be a normal tensor, even under fake tensors or in inference mode.
+    # The cached matrix is used by later calls too. So it must be a normal tensor, even if this call has fake tensors or
+    # is in inference mode.
     with _disable_current_modes(), torch.inference_mode(False):
         identity = torch.eye(old, dtype=torch.float64, device="cpu")[None, None]
         matrix = F.interpolate(identity, (new, old), mode=interpolation, antialias=True)[0, 0]

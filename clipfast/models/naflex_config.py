@@ -7,7 +7,7 @@ from typing import Any
 from ..kernels.patch_embed_packed.op import INTERPOLATIONS
 from .model_config import VisionConfig
 
-POOLS = {"map": "none", "avg": "linear"}  # maps each way of pooling to OpenCLIP's name of the projection after it
+POOLS = {"map": "none", "avg": "linear"}  # maps each pooling to OpenCLIP's name of the projection after it
 MOST_PATCHES = 1024  # patches of an image in evaluation if a configuration gives no number, as in OpenCLIP
 
 

@@ -205,7 +205,7 @@ def _packed(
     counts = grids.prod(1)
     used, longest = int(counts.sum()), int(counts.max())
     if for_gpu:
-        longest = TILE * cdiv(longest, TILE)  # rounded, because each value needs launch plans of its own
+        longest = TILE * cdiv(longest, TILE)  # each longest length needs launch plans of its own, so it is rounded
         unused = rounded(used, len(grids) * longest) - used
         patches = [*patches, patches[0].new_zeros(unused, patches[0].shape[-1])]
     device = patches[0].device

@@ -69,7 +69,7 @@ class AttentionPool2d(nn.Module):
         """Pool the grid of each image: [B, width, H, W] -> [B, embed_dim]."""
         x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
-        # Only the output of the first token is used, and so there is one query.
+        # Only the output of the first token, the mean, is used, and so attention has one query.
         q, weight_k, weight_v = (
             t.unflatten(dim, (self.num_heads, -1))
             for t, dim in ((self.q_proj(x[:, 0]), 1), (self.k_proj.weight, 0), (self.v_proj.weight, 0))
@@ -180,6 +180,6 @@ def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.S
         Bottleneck(out_channels, channels, 1) for _ in range(blocks - 1)
     ]
     for block in stage:
-        # With a zero weight in its last norm, every block starts as its shortcut.
+        # With a zero weight in its last norm, every residual block starts as its shortcut.
         nn.init.zeros_(block.bn3.weight)
     return nn.Sequential(*stage)

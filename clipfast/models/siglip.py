@@ -29,7 +29,7 @@ class SigLIPOutput(NamedTuple):
 
     image_features: Tensor | None  # [B, embed_dim]
     text_features: Tensor | None  # [B, embed_dim]
-    logit_scale: Tensor  # [], after exp
+    logit_scale: Tensor  # [], exp(logit_scale)
     logit_bias: Tensor  # []
 
 
@@ -145,7 +145,7 @@ class SigLIPTrunk(nn.Module):
     def __init__(self, config: SigLIPConfig) -> None:
         super().__init__()
         vision, gelu = config.vision, config.image_gelu
-        assert isinstance(vision.layers, int)  # the configuration has checked this
+        assert isinstance(vision.layers, int)  # SigLIPConfig has checked that layers is one number
         assert vision.patch_size is not None
         width, hidden = vision.width, int(vision.width * vision.mlp_ratio)
         self.grid_size = (vision.image_size // vision.patch_size,) * 2
@@ -208,7 +208,7 @@ class SigLIPVision(Lockable):
         if grid != self.trunk.grid_size and min(grid) > 0:
             positions = resize_grid(positions, self.trunk.grid_size, grid)
         keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
-        # The patch embedding op also adds a class token. Here it is zero, and the output leaves it out.
+        # The patch embedding op also adds a class token. For SigLIP the token is zero, and is cut off afterwards.
         bias: Any = projection.bias
         positions = F.pad(positions + bias, (0, 0, 1, 0))
         if min(grid) > 0:
@@ -269,7 +269,7 @@ class SigLIP(CLIP):
     pack_text = False
 
     def __init__(self, config: SigLIPConfig, *, output_dict: bool = False) -> None:
-        nn.Module.__init__(self)  # CLIP's constructor would build CLIP's towers
+        nn.Module.__init__(self)  # not CLIP's constructor, which would build CLIP's towers
         self.config, self.output_dict = config, output_dict
         self.context_length, self.vocab_size = config.text.context_length, config.text.vocab_size
         self.visual = self._vision()

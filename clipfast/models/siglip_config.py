@@ -11,8 +11,8 @@ from .naflex_config import TIMM as NAFLEX
 from .naflex_config import NaFlexConfig, is_naflex, read_naflex
 
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
-EXACT, TANH = "none", "tanh"  # values of the argument ``approximate`` of nn.GELU
-EPS = 1e-6  # the epsilon of every layer norm
+EXACT, TANH = "none", "tanh"  # values of nn.GELU's argument ``approximate``: GELU exact, or by tanh
+EPS = 1e-6  # the epsilon of every layer norm of SigLIP
 # The value of ``hf_tokenizer_name`` that is written if the tokenizer is unknown. It names no repository. Without a
 # value, OpenCLIP would use CLIP's tokenizer, even if the folder has a tokenizer.json.
 _TOKENIZER_NOT_SAID = "tokenizer.json beside this file"
@@ -262,7 +262,7 @@ def published_config(name: str) -> SigLIPConfig:
     size, patch_size, is_second, is_multilingual, image_size = match.groups()
     word = {"B": "base", "L": "large", "SO400M": "so400m", "gopt": "giantopt"}[size]
     vision, image_gelu = timm_tower(f"vit_{word}_patch{patch_size}_siglip_{image_size or 224}")
-    # The giant image tower comes with the text tower of SO400M.
+    # The published models with the giant image tower have the text tower of SO400M.
     layers, width, head_width, mlp_ratio = _SIZES["so400m" if size == "gopt" else word]
     vocabulary = 256000 if is_second else 250000 if is_multilingual else 32000
     text = TextConfig(

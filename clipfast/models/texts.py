@@ -102,7 +102,8 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor | Pa
     packing, ids = (text.packing, text.ids) if isinstance(text, PackedText) else (None, text)
     if is_plain(table, nn.Embedding):
         options = (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse)
-        if options == (None, None, False, False):  # a plain look-up, without padding_idx or scaling
+        # then the embedding is a plain look-up, without padding_idx or scaling
+        if options == (None, None, False, False):
             try:
                 x = text_embed(ids, table.weight, positional_embedding, cu_seqlens=packing, backend=backend)
             except IndexError as error:

@@ -138,14 +138,14 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 @functools.cache
 def _any_word() -> Any:
     """Return the pattern of a word in any script; it needs the regex package, since ``re`` cannot express it."""
-    import regex  # not at the top: plain ASCII does not need it
+    import regex  # imported here, since texts of plain ASCII do not need the regex package
 
     return regex.compile(_SPECIAL_AND_CONTRACTIONS + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def unescaped(text: str) -> str:
     """Clean a text that is not plain ASCII: ftfy repairs wrong encodings, and HTML is unescaped."""
-    import ftfy  # not at the top: a machine without ftfy can train on ASCII
+    import ftfy  # imported here, so that a machine without ftfy can train on ASCII texts
 
     return html.unescape(html.unescape(ftfy.fix_text(text)))
 

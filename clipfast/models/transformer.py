@@ -130,7 +130,7 @@ class Plan(NamedTuple):
     """The plan of one call of a transformer: which blocks run in full, and what the backward pass recomputes."""
 
     recompute: bool | str  # whether the backward pass recomputes blocks; "selective" recomputes only cheap ops
-    blocks: Sequence[nn.Module]  # the blocks that compute every row
+    blocks: Sequence[nn.Module]  # the blocks that compute every row (token)
     last: ResidualAttentionBlock | None = None  # the last block, if it computes only the row that is read
 
 
@@ -149,7 +149,7 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     last = blocks[-1]
     if not is_plain(last, ResidualAttentionBlock) or plain_parts(last) is None:
         return Plan(recompute, blocks)
-    if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # one row alone cannot be computed in 8 bits
+    if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # the attention of a single row has no form in 8 bits
         return Plan(recompute, blocks)
     if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
         return Plan(recompute, blocks)
@@ -278,7 +278,7 @@ def _plain_parameters(parts: tuple[Any, ...], device: torch.device) -> Parameter
         of_in_proj = _IN_PROJ_OF(attn._parameters) if in_proj.__class__ is InProjection else _OF(in_proj._parameters)
         others = *_OF(out_proj._parameters), *_OF(c_proj._parameters), *_OF(c_fc._parameters)
         found = Parameters(*_OF(norm_1._parameters), *_OF(norm_2._parameters), *of_in_proj, *others)
-    except KeyError:  # a user has deleted a parameter
+    except KeyError:  # a user has deleted a parameter of the module
         return None
     are_own = {*map(type, found)}.issubset(backends.PLAIN) and {*map(_DEVICE_OF, found)} == {device}
     return found if are_own and all(map(Tensor.is_contiguous, found)) else None
@@ -301,7 +301,7 @@ def whole_blocks(
     if width > MAX_WIDTH or (on_triton and not {dtype, x.dtype} <= _ON_TRITON):
         return {}
     is_cast = dtype != torch.float64 and device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
-    castable = _CASTABLE if is_cast else {dtype}  # autocast casts weights of these dtypes
+    castable = _CASTABLE if is_cast else {dtype}  # autocast casts weights of the dtypes in _CASTABLE
     found: dict[nn.Module, tuple[Parameters, Options]] = {}
     decided: dict[Any, Options | None] = {}
     for block in blocks:

@@ -117,7 +117,7 @@ class VisionTransformer(Lockable):
         """Return the class token and the patches with their positions: [B, 3, H, W] -> [B, tokens, width]."""
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         positions: Tensor = self.positional_embedding
-        # For an empty grid, the patch embedding op below raises a clearer error.
+        # An empty grid is not interpolated, because the patch embedding op raises a clearer error about the images.
         if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
         keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None

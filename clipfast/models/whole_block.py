@@ -306,7 +306,7 @@ def pair(sums: Any) -> Any:
     """Return the gradients of weight and bias of a transformer block's norm, or twice None."""
     if sums is None:
         return None, None
-    return sums.unbind(0) if isinstance(sums, Tensor) else sums  # unpacking a tensor would take longer
+    return sums.unbind(0) if isinstance(sums, Tensor) else sums  # unbind takes less time than unpacking a tensor
 
 
 def mlp_half(
