@@ -155,7 +155,7 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
 
     In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
     """
-    # The path is resolved, because the package may be reached through links.
+    # The path of the package is resolved, because the package may be a link to the checkout.
     folder = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:

@@ -190,7 +190,7 @@ def _is_projection(attn: Any) -> bool:
 
 
 def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
-    """Return the number of visible tokens of each sequence, if a 4D mask hides only padding at the end.
+    """Return the number of visible tokens of each sequence, if transformers' 4D mask hides only padding at the end.
 
     The host reads values, as transformers does when it makes the mask. Compiled code does not, and gets None.
 

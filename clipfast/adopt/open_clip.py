@@ -91,7 +91,7 @@ def propose_block(block: Any, mask: Mask | None, attention: bool, norms: bool) -
 
 
 def find_masks(model: nn.Module) -> dict[int, Mask]:
-    """Return the masks of blocks and of their attention, by the ``id`` of each of these modules.
+    """Return the masks of an adopted model's blocks and of their attention, by the ``id`` of each of these modules.
 
     They are the masks of OpenCLIP's text towers, of cross-attention, and of timm's ``NaFlexVit``, which pads images.
     """

@@ -44,7 +44,7 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
     elif name == "open_clip.timm_model.TimmModel":
         yield Proposal(KIND, "a tower of timm computes every row of its last block")
     elif name == "open_clip.model.CLIP":
-        # OpenCLIP 3.3.0 has only encode_text; later versions have both methods.
+        # OpenCLIP 3.3.0 has only encode_text; later versions have both encode_text and _encode_text.
         method = "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
         yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, encode_text, method, "embeds")
         yield from _propose_rows_of_texts(tower, tower.text_pool_type, encode_text, method)

@@ -42,7 +42,7 @@ def is_left(x: Tensor) -> bool:
 
 
 class Replacement:
-    """A method of one module, which calls ``function(module, ...)``.
+    """The replaced method of one module of an adopted model: it calls ``function(module, ...)``.
 
     It is pickled and copied together with its module. (Python would unpickle a bound method as the module's own
     ``forward``.) Its reference to the module is weak: a model is freed as soon as nothing else refers to it.
@@ -258,7 +258,7 @@ def check_module(function: str, model: object) -> None:
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the full name of the class, by which classes are recognised without importing their libraries."""
+    """Return the full name of a module's class, by which it is recognised without importing its library."""
     kind, base = type(module), type(module).__bases__[-1]
     if kind.__name__ == f"FSDP{base.__name__}":  # FSDP2 derives a class from the original one
         kind = base

@@ -35,7 +35,7 @@ class PlannedBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EqualBatches:
-    """A plan of batches of ``largest`` pairs each."""
+    """A plan of training batches of ``largest`` pairs each."""
 
     largest: int
 
@@ -45,7 +45,7 @@ class EqualBatches:
         return {None: self.largest}
 
     def __getitem__(self, number: int) -> PlannedBatch:
-        """Return batch ``number`` of the run, counted from 0."""
+        """Return the plan of batch ``number`` of the run, counted from 0."""
         return PlannedBatch(number * self.largest, self.largest)
 
     def before(self, number: int, unit: Unit = "pairs") -> int:
@@ -140,7 +140,7 @@ class BudgetedBatches:
         self._sums: dict[Unit, dict[int, int]] = {"pairs": {0: 0}, "tokens": {0: 0}}
 
     def __getitem__(self, number: int) -> PlannedBatch:
-        """Return batch ``number`` of the run, counted from 0."""
+        """Return the plan of batch ``number`` of the run, counted from 0."""
         block, within = divmod(number, BLOCK)
         seq_lens, patch_sizes = self._draws(block)
         seq_len = self.budget.seq_lens[seq_lens[within]]
@@ -172,7 +172,7 @@ class BudgetedBatches:
         return block * BLOCK + int(within) + 1
 
     def _add_sum(self, unit: Unit) -> None:
-        """Store the sum before the first block of batches for which it is not stored yet."""
+        """Store the sum of pairs or tokens before the first block of batches for which it is not stored yet."""
         sums = self._sums[unit]
         block = len(sums)
         sums[block] = sums[block - 1] + int(self._amounts(block - 1, unit).sum())
@@ -192,7 +192,7 @@ class BudgetedBatches:
 
 
 def _draw(words: Words, count: int, weights: tuple[float, ...]) -> Ints:
-    """Return a number below ``count`` for each random word; without ``weights``, all numbers are equally likely."""
+    """Draw a number below ``count`` for each batch by its random word; without ``weights``, all are equally likely."""
     ends = np.cumsum(weights or (1.0,) * count)
     return np.searchsorted(ends[:-1] / ends[-1:], (words >> np.uint64(11)) * 2.0**-53, side="right").astype(np.int64)
 

@@ -40,7 +40,7 @@ class FetchError(ValueError):
 
 
 def file_system_of(name: str) -> tuple[Any, str]:
-    """Return fsspec's file system for a URL, and the path in it."""
+    """Return fsspec's file system for the URL of a shard, and the shard's path in it."""
     from fsspec import get_filesystem_class
     from fsspec.core import url_to_fs
 

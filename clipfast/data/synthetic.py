@@ -48,7 +48,7 @@ CHOICES = 18  # number of random 64-bit words for each pair
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """The content of synthetic pairs: for each, the indices of its shape, colours, size and place in the tables above.
+    """The content of synthetic pairs: for each, the indices of its shape, colours, size and place in ``WORDS``.
 
     ``frame`` is the index of the background's colour for pictures without a frame.
     """

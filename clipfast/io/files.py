@@ -39,7 +39,7 @@ class DiskFullError(OSError):
 
 
 def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Call ``write`` with a temporary path beside ``path``, then move the result into place and onto the disk.
+    """Write a file by ``write`` to a temporary path beside ``path``, then move it into place and flush it to the disk.
 
     Args:
         path: the file to replace; its folder must exist.
@@ -57,7 +57,7 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors replaces the file by one that only the owner may read
+        temporary.chmod(mode)  # safetensors has replaced the temporary file by one that only its owner may read
         sync(temporary)
         _place(temporary, path)
     except Exception as error:
@@ -76,7 +76,7 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary folder beside ``path``, then move it into place and onto the disk.
+    """Fill a temporary folder beside ``path`` by ``write``, then move it into place and flush it to the disk.
 
     Args:
         path: the folder to make; it must not exist, and its parent must.

@@ -55,13 +55,13 @@ def thumbnail(image: Image.Image, side: int = SIDE) -> str:
 
 
 def figure(address: str, caption: str, kind: str) -> str:
-    """Return the HTML of a picture with a caption below; ``kind`` is the CSS class of its border, such as "right"."""
+    """Return the HTML of a page's picture with a caption; ``kind`` is the CSS class of its border, such as "right"."""
     text = "<br>".join(map(html.escape, caption.splitlines()))
     return f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{text}</figcaption></figure>'
 
 
 def section(heading: str, words: str, figures: Iterable[str] = (), level: int = 2) -> str:
-    """Return the HTML of a section: a heading, a paragraph, and a row of pictures."""
+    """Return the HTML of a section of a page: a heading, a paragraph, and a row of pictures."""
     pictures = "".join(figures)
     row = f'\n<div class="row">{pictures}</div>' if pictures else ""
     return f"<h{level}>{html.escape(heading)}</h{level}>\n<p>{html.escape(words)}</p>{row}"

@@ -58,5 +58,5 @@ def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advanc
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as text: hours, minutes and seconds, and days before them if there are any."""
+    """Return a duration, such as the time left, as text: hours, minutes and seconds, and days if there are any."""
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -52,7 +52,7 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
-        self.logit_bias: Tensor | None = None  # OpenCLIP's models without a bias have this attribute too
+        self.logit_bias: Tensor | None = None  # OpenCLIP's models without this bias have the attribute too
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=text.width**-0.5)

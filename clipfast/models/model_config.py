@@ -58,7 +58,7 @@ class VisionConfig:
         return self.channels // self.head_width
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings in OpenCLIP's layout."""
+        """Return the settings of the image tower in OpenCLIP's layout."""
         raw = dataclasses.asdict(self)
         if not self.patch_dropout:
             del raw["patch_dropout"]
@@ -79,7 +79,7 @@ class TextConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model has.
+        """Refuse sizes of a text tower that no model has.
 
         Raises:
             ValueError: as above.
@@ -136,7 +136,7 @@ class CLIPConfig:
             ValueError: a key is missing, or is one that this package does not implement. Ignoring it would build
                 another model.
         """
-        from .siglip_config import SigLIPConfig, is_siglip  # imported here, since that module imports this one
+        from .siglip_config import SigLIPConfig, is_siglip  # not at the top, since siglip_config imports this module
 
         if not isinstance(raw, dict):
             raise ValueError(f"model config must be an object of settings, got {raw!r:.80}")
@@ -167,7 +167,7 @@ class CLIPConfig:
 
 def _vision(raw: Any) -> VisionConfig:
     """Return the settings of the image tower in a model's configuration."""
-    from .naflex_config import is_naflex, read_naflex  # imported here, since that module imports this one
+    from .naflex_config import is_naflex, read_naflex  # not at the top, since naflex_config imports this module
 
     if is_naflex(raw):
         return read_naflex(raw)
@@ -178,7 +178,7 @@ def _vision(raw: Any) -> VisionConfig:
 
 
 def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:
-    """Refuse a section of a model's configuration in which one of these sizes is unusable."""
+    """Refuse a section of a model's configuration in which one of the sizes ``names`` is unusable."""
     for name in names:
         _check_size(section, name, getattr(config, name))
 

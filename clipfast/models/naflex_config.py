@@ -66,7 +66,7 @@ class NaFlexConfig(VisionConfig):
 
     @property
     def patch(self) -> int:
-        """The side of a patch in pixels."""
+        """The side of a patch of the NaFlex tower in pixels."""
         assert self.patch_size is not None
         return self.patch_size
 

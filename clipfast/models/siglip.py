@@ -201,7 +201,7 @@ class SigLIPVision(Lockable):
         return self.trunk(self.embed(images))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the patches with their positions: [B, 3, H, W] -> [B, patches, width]."""
+        """Return the embedded patches of images with their positions: [B, 3, H, W] -> [B, patches, width]."""
         size, projection = self.patch_size, self.trunk.projection
         grid = (images.shape[-2] // size, images.shape[-1] // size)
         positions = self.trunk.pos_embed[0]
@@ -248,7 +248,7 @@ class SigLIPText(nn.Module):
             nn.init.zeros_(self.text_projection.bias)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Encode token ids: [B, L] -> [B, embed_dim]."""
+        """Compute the features of texts from their token ids: [B, L] -> [B, embed_dim]."""
         x = self.embed(text)
         last = text.new_full(text.shape[:1], text.shape[1] - 1, dtype=torch.int64)
         x = self.ln_final(read_rows(self.transformer, x, last))

@@ -272,7 +272,7 @@ def plain_parts(block: ResidualAttentionBlock) -> tuple[Any, ...] | None:
 
 
 def _plain_parameters(parts: tuple[Any, ...], device: torch.device) -> Parameters | None:
-    """Return the parameters of plain modules, or None unless all are contiguous tensors of PyTorch's on ``device``."""
+    """Return the parameters of a block's plain modules, or None unless all are contiguous tensors on ``device``."""
     attn, _, norm_1, norm_2, in_proj, out_proj, c_proj, _, c_fc = parts
     try:
         of_in_proj = _IN_PROJ_OF(attn._parameters) if in_proj.__class__ is InProjection else _OF(in_proj._parameters)

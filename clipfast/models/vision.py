@@ -97,7 +97,8 @@ class VisionTransformer(Lockable):
         self.grid_size = (config.image_size // config.patch_size,) * 2
         tokens = 1 + self.grid_size[0] * self.grid_size[1]
         std = config.width**-0.5
-        # The patch embedding op uses only the weight. The convolution gives it the published name and initial values.
+        # The patch embedding op uses only the weight of this convolution, which gives it the published name and initial
+        # values.
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(config.width))
         self.positional_embedding = nn.Parameter(std * torch.randn(tokens, config.width))

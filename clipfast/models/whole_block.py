@@ -204,8 +204,8 @@ class _Block(torch.autograd.Function):
         # The dtypes of the parameters' gradients; None for a parameter that needs no gradient.
         ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.longest = getattr(places, "max_seqlen", None)
-        # The first says whether the backward pass uses the rows in 8 bits that the next block attaches to the gradient
-        # of m; the second, whether it attaches such rows to the gradient of the branch (``fp8_rows.lay_beside``).
+        # takes_rows: the backward pass uses rows in 8 bits that the next block has attached to the gradient of m.
+        # gives_rows: the backward pass attaches rows in 8 bits to the gradient of the branch (``fp8_rows.lay_beside``).
         ctx.takes_rows = options.fp8 == fp8_layers.SWITCHBACK
         ctx.gives_rows = ctx.takes_rows and branch is not None and takes_rows(branch)
         ctx.shape, ctx.y_dtype, ctx.has_branch = shape, (x if branch is None else branch).dtype, branch is not None
@@ -263,7 +263,7 @@ def _backward(
     bounds: Tensor | None, heads: Tensor, o: Any, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor,
     *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return the gradients of the stream, the branch and the parameters, from the last equation to the first."""
+    """Return a transformer block's gradients of stream, branch and parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad_t.contiguous(), grad_m.contiguous(), *of_mlp)
     o = heads if o is None else o  # the input of the output projection, in 8 bits or as attention returned it
@@ -379,7 +379,7 @@ def linear_grads(
 
 
 def _gelu_grad(grad: Tensor, h: Tensor, gelu: str) -> Tensor:
-    """Return the gradient of the input of an activation that PyTorch computes."""
+    """Return the gradient of the input of a transformer block's activation, for a GELU that PyTorch computes."""
     if gelu != QUICK:
         return torch.ops.aten.gelu_backward(grad, h, approximate=gelu)
     p = torch.sigmoid(1.702 * h)

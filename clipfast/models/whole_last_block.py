@@ -115,7 +115,7 @@ _FUNCTION = Function(_forward, _backward)
 def _seen(
     options: Options, rows: Tensor | PackedText | None, shape: torch.Size, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """Return the indices, among all tokens of the last block, of the rows that are read (None: each first one).
+    """Return the indices, among all tokens of the last block, of the rows that are read (None: each sequence's first).
 
     The second and third results are the last two arguments of attention pooling: the number of tokens that each row
     attends to (None: all) and None, or for packed texts their cumulative lengths and a bound of the lengths.
