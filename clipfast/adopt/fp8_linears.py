@@ -37,7 +37,8 @@ def linear_forward(module: nn.Linear, input: Tensor, fp8: str) -> Tensor:
 def propose(model: nn.Module, fp8: str, skip: tuple[int, int]) -> Iterator[tuple[str, nn.Module, Proposal]]:
     """Propose 8 bits for the linear layers of an adopted model's blocks; yield name, module and proposal.
 
-    The other replacements must have been made.
+    The caller makes all other replacements first, because ``nn.MultiheadAttention`` computes in 8 bits only if it is
+    replaced.
     """
     for number, count, name, block in _blocks(model):
         if number < skip[0] or number >= count - skip[1]:

@@ -71,7 +71,8 @@ def format_of(name: str, separator: str | None = None) -> Format:
 def is_compressed(start: bytes) -> bool:
     """Return True if a shard that begins with ``start``, one block or the whole file, is compressed.
 
-    A tar file is not, even if the name of its first member, with which it begins, looks like a compressed file.
+    A tar file begins with the name of its first member, and so it counts as uncompressed even if this name looks like
+    the begin of a compressed file.
     """
     return start.startswith(tuple(COMPRESSIONS)) and read_header(start[:BLOCK]) is None
 

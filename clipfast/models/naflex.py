@@ -99,8 +99,8 @@ def places_of(images: PackedImages, num_prefix: int) -> Packing:
 def resize_weight(weight: Tensor, patch_size: int, interpolation: str) -> Tensor:
     """Resize the projection of patches for patches of another size: [E, P P 3] -> [E, P' P' 3].
 
-    It is multiplied by the pseudo-inverse of the matrix that resizes a patch (Beyer et al. 2023), as in timm, so that
-    the projection of an enlarged patch equals that of the original patch.
+    The projection is multiplied by the pseudo-inverse of the matrix that resizes a patch (Beyer et al. 2023), as in
+    timm, so that the projection of an enlarged patch equals that of the original patch.
     """
     old = patch_size_of(weight)
     values = weight.to(accumulate_dtype(weight.dtype)).unflatten(1, (old, old * 3))

@@ -211,8 +211,8 @@ def run_plain(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Run blocks without calling them; return the residual stream and the last branch, as :func:`run_blocks`.
 
-    After them comes ``last`` if it is not None. Then ``rows`` of its output [B, width] take the place of the stream,
-    and there is no branch.
+    After the blocks, ``last`` runs if it is not None. Then the ``rows`` of its output [B, width] take the place of the
+    stream, and there is no branch.
     """
     whole = whole_blocks(blocks if last is None else [*blocks, last], x, packing is not None)
     bounds, packed = (None, ()) if packing is None else (packing.bounds, (packing,))
