@@ -21,7 +21,7 @@ from clipfast.kernels.spec import specs
 
 from ..conftest import INTERPRET, ON_GPU
 
-pytestmark = pytest.mark.skipif(ON_GPU or INTERPRET, reason="compiles from recorded CPU calls")
+pytestmark = pytest.mark.skipif(ON_GPU or INTERPRET, reason="kernels are compiled from calls recorded on a CPU")
 LAYER_NORM = "layer_norm rows=50432 width=768 bf16"
 
 

@@ -22,7 +22,7 @@ from clipfast.kernels.launch import Launch
 
 from ..conftest import ON_GPU
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="compiles from recorded CPU calls")
+pytestmark = pytest.mark.skipif(ON_GPU, reason="kernels are compiled from calls recorded on a CPU")
 
 SMALL = "attention N17 D32 bf16"
 

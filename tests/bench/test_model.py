@@ -30,7 +30,7 @@ from clipfast.kernels.spec import specs
 from ..conftest import INTERPRET, ON_GPU
 from .listing import listing
 
-pytestmark = pytest.mark.skipif(ON_GPU or INTERPRET, reason="compiles from recorded CPU calls")
+pytestmark = pytest.mark.skipif(ON_GPU or INTERPRET, reason="kernels are compiled from calls recorded on a CPU")
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 

@@ -22,7 +22,7 @@ from clipfast.kernels.spec import Draw, Tunable
 from ..conftest import ON_GPU
 from .conftest import CPU
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="ranks configurations without a GPU")
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the tuner ranks configurations without a GPU")
 SMALLEST = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
 TARGET = tune.TARGETS["attention-64"][1]
 FORWARD = TARGET.kernels[0]

@@ -1,5 +1,5 @@
 """Test transformer blocks whose linear layers multiply in 8 bits: a block as one function and as modules has equal
-bits, some layers keep 16 bits, and so do checkpoints.
+bits, some layers keep 16 bits, and checkpoints hold no 8-bit weights.
 """
 
 import pytest

@@ -253,6 +253,6 @@ def test_own_configurations_come_back_and_open_clip_builds_no_other_model(kind):
     del raw["custom_text"]
     with known_to_timm(), pytest.raises(RuntimeError, match="Unknown model"):
         pytest.importorskip("open_clip").CustomTextCLIP(**raw)
-    # A published configuration with the other activation has another name in timm, so it is another tower.
+    # With the other activation, the image tower of a published configuration has another name.
     other = dataclasses.replace(get_model_config("ViT-B-16-SigLIP"), image_gelu="tanh")
     assert other.timm_model_name.endswith("siglip_224_gelu_tanh")

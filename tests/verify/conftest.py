@@ -15,8 +15,8 @@ def small(spec: OpSpec) -> OpSpec:
     """
     without = [shape for shape in spec.small if getattr(shape, "bias", None) is False]
     with_bias = [dataclasses.replace(shape, bias=True) for shape in without[:1]]
-    cases = [Case(shape, "small", draws=6) for shape in (*spec.small, *with_bias)]
-    return dataclasses.replace(spec, cases=[*cases, Case(spec.small[-1], "again", NOT_INTERPRETED, DETERMINISM)])
+    cases = [Case(shape, "a quick case", draws=6) for shape in (*spec.small, *with_bias)]
+    return dataclasses.replace(spec, cases=[*cases, Case(spec.small[-1], "equal bits", NOT_INTERPRETED, DETERMINISM)])
 
 
 SMALL = {name: small(spec) for name, spec in specs().items()}

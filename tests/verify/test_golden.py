@@ -71,7 +71,7 @@ def one_up(s, mask_n, N: tl.constexpr, eps):
     return centred, mean, (rstd.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="kernels are interpreted with TRITON_INTERPRET=1")
+@pytest.mark.skipif(not INTERPRET, reason="kernels are interpreted only with TRITON_INTERPRET=1")
 def test_one_other_rounding_in_an_interpreted_kernel_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(golden, "STEPS", 1)
     monkeypatch.setattr(curve, "BATCH", 2)
