@@ -83,7 +83,7 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     steps = 1 if seconds > LONG_S else STEPS
     if device.type != "cuda":
-        # This silences the profiler's log, which on a CPU would only say that the profiler starts and stops.
+        # At this level, the profiler's log is silent: on a CPU, it would only say that the profiler starts and stops.
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=activities) as profiler:
         step()  # the profiler starts up during this step

@@ -49,7 +49,7 @@ _ATEN = {
     LOSS: r"_?log_softmax\w*|nll_loss\w*|cross_entropy\w*",
     ATTENTION: r"_?softmax\w*|_masked_softmax\w*|_safe_softmax",
     OPTIMIZER: r"_fused_adam\w*|_foreach_\w+",
-    # These ops only describe memory, allocate it or call other ops: no work on data, so they count as the host's.
+    # Ops that only describe memory, allocate it or call other ops do no work on data, so they count as the host's.
     HOST: r"empty\w*|new_empty\w*|new_zeros|new_full|zeros|zeros_like|ones|ones_like|full|full_like|scalar_tensor|"
     r"_?reshape\w*|_?unsafe_view|view\w*|as_strided_?|t|numpy_T|transpose|permute|expand\w*|select|slice|narrow|split\w*|"
     r"chunk|unbind|unsqueeze|squeeze|flatten|unflatten|alias|detach_?|resize_|resolve_conj|resolve_neg|lift_fresh|"

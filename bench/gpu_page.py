@@ -35,7 +35,7 @@ WORDS = (
 
 def claims(folder: Path) -> Iterator[tuple[str, str, str, str]]:
     """Yield claim, prediction, measurement and ratio from the results in the folder of a GPU run."""
-    predictions: dict[tuple[str, str], float] = {}  # by case and candidate of ours
+    predictions: dict[tuple[str, str], float] = {}  # predicted seconds by case and candidate
     parts: dict[str, dict[str, float]] = {}
     for one in _read(folder / PREDICTED).get("forecasts", ()):
         name = label(one["name"], one["shape"], one["dtype"])

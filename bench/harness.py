@@ -133,7 +133,7 @@ def _refusing(*timings: Timing) -> Iterator[None]:
     if any(timing.refused for timing in timings) and torch.cuda.is_initialized():
         gc.collect()
         with contextlib.suppress(RuntimeError):
-            # After an illegal access every CUDA call fails, this one too. The reason is recorded already.
+            # After an illegal access, every CUDA call fails, empty_cache too. The first error is already recorded.
             torch.cuda.empty_cache()
 
 

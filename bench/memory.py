@@ -78,7 +78,7 @@ def growth(function: Callable[[], object]) -> int:
     """Return the bytes that a measured call adds to the resident memory of this process, at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # This resets the peak of resident memory that Linux reports (proc(5), clear_refs).
+    # Writing 5 to clear_refs resets the peak of resident memory that Linux reports (proc(5)).
     Path("/proc/self/clear_refs").write_text("5")
     before = proc_bytes("self/status", "VmRSS")
     kept = function()

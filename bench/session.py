@@ -59,7 +59,7 @@ def _measure_one(
     case: Case, budget: Budget, roof: dict[str, float], *, memory: bool, breakdown: bool
 ) -> dict[str, Any]:
     """Measure one benchmark case, and return its entry in the result file."""
-    # This is a function of its own so that the candidates' models are freed before the next case.
+    # A case is measured in a function of its own so that the candidates' models are freed before the next case.
     timings, telemetry = measure(case, budget)
     breakdowns, peaks = {}, {}
     for timing in timings:

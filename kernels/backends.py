@@ -26,8 +26,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 TensorGuards: Any = getattr(guards, "TensorGuards", None)
 MOST_ALIKE = 8  # the most layouts that an op keeps for calls with equal options and equal sizes
 MOST_KNOWN = 512  # the most pairs of sizes and options that an op keeps; each takes some 20 KB of host memory
-# This dispatch key is active under ``torch.autograd.grad(is_grads_batched=True)``, which vectorises a backward pass
-# without a transform of ``torch.func``.
+# LEGACY_VMAP is the dispatch key that is active under ``torch.autograd.grad(is_grads_batched=True)``, which vectorises
+# a backward pass without a transform of ``torch.func``.
 LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")
 # Every eager call of an op calls these functions. Python finds a global name in half the time of ``torch._C.name``.
 num_dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -209,7 +209,7 @@ def _starts(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple[Any, ..
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
         return lambda stream, at: run(*grid, stream, function, metadata, None, None, None, *at, *rest)
     launch, head = run.launch, (function, run.launch_cooperative_grid, run.launch_pdl)
-    if hasattr(run, "kernel_signature"):  # Triton 3.9
+    if hasattr(run, "kernel_signature"):  # Triton 3.9 takes the arguments as one tuple
         tail = metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature
         return lambda stream, at: launch(*grid, stream, *head, *tail, (*at, *rest))
     return lambda stream, at: launch(*grid, stream, *head, None, None, metadata, None, None, None, *at, *rest)
@@ -296,7 +296,8 @@ class Plan:
             self.compiled[_bind(tensors)[0]] = Compiled(start, compiled)
             active = driver.active
             self.stream_of, self._device_of = active.get_current_stream, active.get_current_device
-            if self._device_of is torch.cuda.current_device:  # it only checks that CUDA is initialised first
+            # current_device checks that CUDA is initialised, and then calls _cuda_getDevice.
+            if self._device_of is torch.cuda.current_device:
                 self._device_of = torch._C._cuda_getDevice
 
 

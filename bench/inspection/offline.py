@@ -35,7 +35,7 @@ REGISTER_UNIT = 256
 SUB_PARTITIONS = 4
 SHARED_RESERVED = 1024  # bytes of shared memory that the system reserves in each block
 SHARED_UNIT = 128
-TENSOR_UNIT = 32  # the number of columns must also be a power of two
+TENSOR_UNIT = 32  # columns of tensor memory; their number must also be a power of two
 # Triton's names of dtypes.
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",

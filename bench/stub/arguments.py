@@ -16,7 +16,7 @@ from clipfast.kernels.launch import Plan, Start
 
 from .driver import Stub, TensorMap, tensors_of
 
-# How the launcher packs a scalar, by its type in the kernel's signature.
+# The struct format in which the launcher packs a scalar, by the scalar's type in the kernel's signature.
 _FORMATS = {
     "i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B", "u16": "<H", "u32": "<I",
     "u64": "<Q", "fp32": "<f", "fp64": "<d",
@@ -72,7 +72,7 @@ def checked_launches(stub: Stub, device: int = 0, *, emptied: bool = False) -> I
         before, known = stub.counts.launches, dict(plan.compiled)
         plan.start_by_triton(tensors)
         if stub.counts.launches == before:
-            return  # the grid is empty
+            return  # the grid is empty, so no kernel was started
         for key, compiled in known.items():
             if plan.compiled[key].kernel.function != compiled.kernel.function:
                 raise PackingError(f"a plan has two kernels for {key}")

@@ -16,7 +16,7 @@ from clipfast.kernels.hardware import CARDS
 from .build import GPU, build
 from .driver import VARIABLE, gpu_numbers
 
-# This text is part of the card's name, so that a result file can be distinguished from one of a real GPU.
+# MARK is part of the name of the stub's card, so that a result file can be distinguished from one of a real GPU.
 MARK = "stub driver, nothing runs"
 NAME_VARIABLE = "CLIPFAST_STUB_NAME"
 CARD = CARDS["h100"]

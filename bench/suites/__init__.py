@@ -17,7 +17,7 @@ from . import data, ops, step
 class Suite:
     """A suite of benchmarks: one kind of computation, with its default shapes and the function that makes its cases."""
 
-    help: str  # one line
+    help: str  # one line for the help text of the suite's command
     shapes: Mapping[str, list[Sizes]]  # default shapes by the type of device, "cpu" or "cuda"
     build: Callable[[Sizes, str, torch.device], Case]  # makes a case from a shape, a dtype's name and a device
     fields: Sizes  # sizes that a shape has, with an example of each

@@ -103,7 +103,7 @@ def _flash_attn(module: str, package: str, heads: int, causal: bool) -> Function
     def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute the attention of flash-attn, a benchmark candidate."""
         out = packed(_projected(qkv, bias, heads), causal=causal)
-        # Some releases of version 3 return the log-sum-exp too.
+        # Some releases of flash-attn 3 return the log-sum-exp too.
         return (out[0] if isinstance(out, tuple) else out).flatten(2)
 
     return run

@@ -148,7 +148,7 @@ CONTRASTIVE = [
     Case(LossShape(16384, 512), "B/32 at a large batch", on(CUDA)),
     Case(LossShape(16384, 1024, 100.0, 0.3), "H/14 at a large batch, late in training", on(CUDA)),
     Case(LossShape(32768, 512), "CLIP's published batch", on(CUDA)),
-    # several tiles and blocks, and the kernels that normalise
+    # cases of several tiles and blocks, and the kernels that normalise
     *(
         few(LossShape(pairs, embed_dim, scale, 0.3, normalize=True), why, sanitize=True)
         for pairs, embed_dim, why in ((1, 16, "one pair, normalised"), (67, 40, "normalised; several small blocks"))
@@ -157,14 +157,14 @@ CONTRASTIVE = [
     few(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths", sanitize=True),
     few(LossShape(70, 0), NO_WIDTH),
     *laid_out(LossShape(67, 40, 20.0, 0.5)),
-    # extreme values
+    # cases of extreme values
     extreme(LossShape(129, 72, 100.0, 1.0), "largest scale in training, pairs exactly alike"),
     extreme(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", values="duplicate rows", quick=True),
     extreme(LossShape(50, 16, 100.0), "all features equal: the loss is log N", values="all-equal rows"),
     extreme(LossShape(45, 24, 1.0), "lengths of 100 and 1: logits of hundreds, of both signs", values="large", quick=True),
     extreme(LossShape(48, 48, 100.0), "orthogonal pairs: logits are 0 or 100", values="one-hot"),
     *(extreme(LossShape(37, 24, scale, 0.3), why) for scale, why in SCALES),
-    # the same bits in every run
+    # cases whose results have the same bits in every run
     Case(LossShape(129, 72, 50.0, 0.5), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(LossShape(2053, 256, 50.0, 0.5), "several chunks, two threads", on(CPU), DETERMINISM, slow=HALF),
     Case(LossShape(4099, 512, 50.0, 0.5), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
@@ -178,7 +178,7 @@ SIGMOID = [
     Case(SigmoidShape(0, 16), "no images: the mean of nothing is NaN"),
     Case(SigmoidShape(1021, 512), "a prime of the size of one GPU's share", NOT_INTERPRETED, slow=HALF),
     Case(SigmoidShape(8192, 768, *LATE), "a large batch, late in training", on(CUDA)),
-    # several tiles and blocks, with and without pairs
+    # cases of several tiles and blocks, with and without pairs
     *(
         few(SigmoidShape(pairs, embed_dim, 20.0, matched=0.3, offset=offset), why, sanitize=True)
         for pairs, embed_dim in ((1, 16), (67, 40))
@@ -187,7 +187,7 @@ SIGMOID = [
     few(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths", sanitize=True),
     few(SigmoidShape(70, 0), NO_WIDTH),
     *laid_out(SigmoidShape(67, 40)),
-    # extreme values
+    # cases of extreme values
     extreme(SigmoidShape(67, 40, *LATE), "every feature occurs twice", values="duplicate rows"),
     extreme(SigmoidShape(50, 16, 14.3), "all features equal: pairs are as the others", values="all-equal rows"),
     extreme(SigmoidShape(45, 24, 100.0), "features of zeros: their logits are the bias", values="zero rows"),
@@ -197,7 +197,7 @@ SIGMOID = [
     extreme(SigmoidShape(37, 24, -30.0, 2.0, 0.3), "negative scale: the best pair is the worst"),
     extreme(SigmoidShape(37, 24, 10.0, -60.0, 0.3), "a bias that excludes even the pairs"),
     extreme(SigmoidShape(37, 24, 10.0, 1e4, 0.3), "a bias for which everything is a pair"),
-    # the same bits in every run
+    # cases whose results have the same bits in every run
     Case(SigmoidShape(129, 72, *LATE), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(SigmoidShape(4099, 512), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
@@ -215,7 +215,7 @@ INFO_NCE = [
     Case(QueueShape(0, 16, 16), "no queries: the mean of nothing is NaN"),
     Case(QueueShape(256, 4099, 128), "a long queue, a prime", NOT_INTERPRETED, slow=HALF),
     Case(QueueShape(256, 65536, 128, 14.3, 0.3), "MoCo's queue", on(CUDA)),
-    # several tiles and blocks
+    # cases of several tiles and blocks
     *(
         few(QueueShape(67, 70, 40, scale, 0.3, in_batch), "several tiles and small blocks", sanitize=True)
         for in_batch in (True, False)
@@ -227,13 +227,13 @@ INFO_NCE = [
     few(QueueShape(67, 0, 40, 20.0, 0.3, True), "no queue at all; several tiles and small blocks", sanitize=True),
     *(few(QueueShape(40, 50, 24, 20.0, 0.3, True), "one block of columns suits the shared shift, the other does not", values=values) for values in ("long keys", "long negatives")),
     *laid_out(QueueShape(67, 70, 40, in_batch=True)),
-    # extreme values
+    # cases of extreme values
     extreme(QueueShape(67, 70, 40, 100.0, 0.3, True), "every key occurs twice: two positives", values="duplicate rows"),
     extreme(QueueShape(50, 37, 16, 100.0), "all features equal: the loss is log(K + 1)", values="all-equal rows"),
     extreme(QueueShape(45, 20, 24, 100.0), "features of zeros: their logits are 0", values="zero rows"),
     extreme(QueueShape(129, 72, 72, 100.0, 1.0), "each pair exactly alike: losses of nearly nothing"),
     *(extreme(QueueShape(37, 50, 24, scale, 0.3, in_batch), why) for in_batch in (True, False) for scale, why in SCALES),
-    # the same bits in every run
+    # cases whose results have the same bits in every run
     Case(QueueShape(129, 150, 72, 100.0, 0.3, True), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(QueueShape(1021, 16384, 256, in_batch=True), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
@@ -243,19 +243,19 @@ NT_XENT = [
     Case(ViewShape(0, 16, *EARLY), "no views: the mean of nothing is NaN"),
     Case(ViewShape(509, 128, *EARLY), "SimCLR's dimension, a prime batch", NOT_INTERPRETED, slow=HALF),
     Case(ViewShape(4096, 128, *EARLY), "SimCLR's batch", on(CUDA)),
-    # several tiles and blocks
+    # cases of several tiles and blocks
     *(few(ViewShape(67, 40, scale, 0.3), "several tiles and small blocks", sanitize=True) for scale in SHIFTS),
     few(ViewShape(45, 24, 20.0, 0.3), LENGTHS, values="lengths"),
     few(ViewShape(70, 0), NO_WIDTH),
     *laid_out(ViewShape(67, 40, *EARLY)),
-    # extreme values
+    # cases of extreme values
     extreme(ViewShape(37, 24, *END), "every view occurs twice: two positives", values="duplicate rows"),
     Case(ViewShape(50, 16, 100.0), "all views equal: the loss is log(2N - 1)", check=EXTREME, values="all-equal rows", draws=MANY),
     # These features are not normalised: the gradient of a row of zeros would be 10^12 times as large as those of other rows.
     extreme(ViewShape(45, 24, 100.0, normalize=False), "features of zeros: their logits are 0", values="zero rows"),
     extreme(ViewShape(67, 40, 100.0, 1.0), "both views exactly alike: losses of nearly nothing"),
     *(extreme(ViewShape(37, 24, scale, 0.3), why) for scale, why in SCALES),
-    # the same bits in every run
+    # cases whose results have the same bits in every run
     Case(ViewShape(129, 72, *END), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(ViewShape(4099, 256, *EARLY), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip

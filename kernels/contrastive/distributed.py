@@ -59,7 +59,7 @@ class Options(NamedTuple):
     ranks: Ranks
     mode: str  # "gather", "ring" or "scalars"
     normalize: bool
-    dtype: torch.dtype  # of the operands
+    dtype: torch.dtype  # the dtype of features in products
 
 
 class RankStats(NamedTuple):

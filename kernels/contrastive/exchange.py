@@ -173,7 +173,7 @@ class Transfer:
     """A transfer in the ring: one block is being sent while another one is being received."""
 
     works: "list[dist.Work]"
-    sent: Tensor  # kept, since its memory must not be used again before it has been sent
+    sent: Tensor  # the block that is sent: its memory must not be reused before that
     received: Tensor
 
     def wait(self) -> Tensor:

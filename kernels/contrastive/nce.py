@@ -341,7 +341,7 @@ def nt_xent_loss(
         return reference.nt_xent_loss(first, second, scale, normalize=normalize)
     dtype = operand_dtype(op, "first", first)
     scale = scale.to(accumulate_dtype(dtype))
-    if suits_whole(first, second, dtype, 2):  # each side has both views
+    if suits_whole(first, second, dtype, 2):  # each side of the logits has both views
         (views,) = whole_operands(torch.cat((first, second)), normalize=normalize, dtype=dtype)
         loss = whole_nt_xent_loss(views, scale)
         if loss is not None:

@@ -94,7 +94,7 @@ def sigmoid_gradients(
     grad = new_rows(x.rows, layout.m, layout.n)
     how.of_g.start(x.rows, y.rows, grad, logit_scale, logit_bias, *numbers[:, programs:].unbind())
     loss, number_grads = vector(x.rows), vector(x.rows, 2)
-    # This vector is written but not read, since ``numbers`` already has the pairs' part of the gradient of the scale.
+    # ``of_pairs`` is written but not read, since ``numbers`` already has the pairs' part of the gradient of the scale.
     of_pairs = vector(x.rows, how.x_tiles)
     _write_gradients(
         how, grad, x, y, one_minus_p, logit_scale, None, image_grad, text_grad, numbers, of_pairs, loss, number_grads

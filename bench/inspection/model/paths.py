@@ -118,7 +118,8 @@ class Code:
         if to == index:
             return None, 0  # the code ends with a branch to itself
         if holds is None:
-            # Such a branch may skip a slow path for rare numbers: a subroutine, or products to be computed once more.
+            # A branch on an unknown value may skip a slow path for rare numbers: a subroutine, or products that are
+            # computed once more.
             is_rare = any(other.name in ("CALL", "HGMMA", "HMMA") for other in self.instructions[behind:to])
             return (to, 0) if is_rare else (behind, 1)
         return (to if holds else behind), 0

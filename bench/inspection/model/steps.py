@@ -40,7 +40,7 @@ class Kind(enum.IntEnum):
     SHARED = 1  # moves data of shared memory, or between lanes
     LOAD = 2
     STORE = 3
-    COPY = 4  # cp.async
+    COPY = 4  # copies by cp.async
     COPY_COMMIT = 5
     COPY_WAIT = 6
     PRODUCT = 7
