@@ -9,7 +9,7 @@ from ..small_runs import server, shards  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty folder for the cache of indexed and copied shards."""
+    """Return an empty folder, which is the cache of indexed and copied shards in this test."""
     monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -20,7 +20,7 @@ def opened(*names, **options):
 
 
 def ordered(source, seed=3, **options):
-    """Return a shuffled order of the samples of a data source, without others beside it."""
+    """Return a shuffled order of the samples of a data source, as a mix of this single source."""
     return Mix([Order(source.sizes, seed, **options)], [1.0], seed)
 
 

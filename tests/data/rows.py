@@ -52,7 +52,7 @@ def save_to_disk(folder, counts):
         write_arrow(folder / name, pa.table([images, captions], schema=schema), rows=4)
         row += count
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
-    # The state lists the files in another order than that of their names, and its order counts.
+    # state.json lists the files in reverse order of their names, and a reader must take them in the order of the list.
     state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
     (folder / "state.json").write_text(json.dumps(state))
     return names

@@ -52,7 +52,7 @@ def write_jsonl(path: Path, image="file_name", text="caption", many=False) -> Pa
 
 
 def write_side_cars(folder: Path) -> Path:
-    """Write the text files and JSON files of pairs beside the images of a folder that serves as a shard."""
+    """Write a .txt file, and for some a .json file, beside each image of a folder that is read as a shard of pairs."""
     for index, (name, _, text) in enumerate(PAIRS):
         (folder / name).with_suffix(".txt").write_text(text, newline="")
         if index % 2:

@@ -1,4 +1,4 @@
-"""The plan of a run's batches: a budget of tokens, draws that the seed determines, and sums over any stretch."""
+"""The plan of a NaFlex run's batches: a token budget, sequence lengths drawn by seed, and pairs in any stretch."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from clipfast.data import BudgetedBatches, EqualBatches, TokenBudget
 from clipfast.data.batch_plan import BLOCK
 
-SEQ_LENS = (128, 256, 576, 784, 1024)  # OpenCLIP's
+SEQ_LENS = (128, 256, 576, 784, 1024)  # sequence lengths of OpenCLIP
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -50,7 +50,7 @@ def test_draws_have_their_weights():
     both = np.zeros((3, 2))
     for batch in drawn:
         both[(10, 20, 40).index(batch.seq_len), (8, 16).index(batch.patch_size)] += 1 / len(drawn)
-    # each share has a standard deviation of less than 0.004, and the two draws of a batch are independent
+    # Shares have standard deviations below 0.004. Sequence length and patch size of a batch are drawn independently.
     assert abs(both - np.outer([0.25, 0, 0.75], [0.5, 0.5])).max() < 0.02
     assert (both[1] == 0).all()
 

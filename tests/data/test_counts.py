@@ -1,4 +1,4 @@
-"""Sample counts of remote shards: they are cheap, and wrong or missing counts are handled."""
+"""Sample counts of remote shards: they need few bytes of a shard, and wrong or missing counts are handled."""
 
 import gzip
 import json
@@ -69,7 +69,7 @@ def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     urls = [f"{server.url}/{name}" for name in names]
     source = opened(*urls)
     assert source.sizes == [2, 3, 4, 5]
-    known = names if kind == "stats" else names[:3]  # the last shard has no count, and was copied to be counted
+    known = names if kind == "stats" else names[:3]  # a shard without a count is copied
     assert not [name for name, _ in server.served if name in known]
     assert sum(name == "sizes.json" for name, _ in server.served) == (kind == "sizes")
     assert source.read(13)["txt"].decode().endswith("thing 4")
@@ -105,10 +105,10 @@ def test_a_wrong_count(server, tmp_path):
             source.read(number)
         assert error.value.kind == "miscounted shard"
     assert source.read(8)["__key__"] == "000"
-    # the next start has the same order, until a full index is requested
+    # the next start keeps the wrong counts, and so the order, until a full index is requested
     assert source.sizes == opened(*names).sizes == [8, 3]
     assert opened(*names, whole=True).sizes == [6, 3]
-    with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):  # counted, but missing
+    with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):  # has a count, but no file
         opened(f"{server.url}/2.tar")
 
 
@@ -131,7 +131,7 @@ def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
     (tmp_path / f"0{STATS}").write_text("[]")
     assert opened(f"{tmp_path}/0.tar.gz").sizes == [1]
     assert "sizes.json is left out of account" in caplog.text
-    write_shard(tmp_path / "1.tar", [sample(0)])  # a local uncompressed file is always indexed directly
+    write_shard(tmp_path / "1.tar", [sample(0)])  # its wrong count below is not used, since local files are indexed
     (tmp_path / "sizes.json").write_text('{"1.tar": 7}')
     assert opened(f"{tmp_path}/1.tar").sizes == [1]
 

@@ -34,10 +34,10 @@ def test_shards_expand(tmp_path):
         write_shard(tmp_path / name, [sample(0)])
     found = expand_shards(f"{tmp_path}/x-{{0..1}}.tar::{tmp_path}/y.tar")
     assert [shard.split("/")[-1] for shard in found] == ["x-0.tar", "x-1.tar", "y.tar"]
-    os.mkfifo(tmp_path / "z.tar")  # a read of the pipe would block, or consume its bytes
+    os.mkfifo(tmp_path / "z.tar")  # to read this pipe would block, or take its bytes
     (tmp_path / "a.txt").touch()
     for pattern, message in {
-        f"{tmp_path}/y.tar::": r"no such shard:  \(1 of 2 are missing\)",  # the empty name is not the working folder
+        f"{tmp_path}/y.tar::": r"no such shard:  \(1 of 2 are missing\)",  # an empty name must not mean "."
         f"{tmp_path}/*.xyz": "nothing matches",
         f"{tmp_path}/z.tar": "z.tar is neither a file nor a folder",
         f"{tmp_path}/a.txt": "a.txt is no shard",
@@ -64,7 +64,7 @@ def test_pickles_in_a_shard_stay_bytes(tmp_path):
 
 
 def test_the_sequence_does_not_know_of_ranks_and_workers(shards):
-    """The global batches of two epochs have the same bits on four machines, and differ between seeds."""
+    """Global batches have the same bits for 1, 2 and 4 ranks, with and without workers, and differ between seeds."""
     found = []
     for world_size, workers in ((1, 0), (1, 2), (2, 1), (4, 0)):
         mine = [batches(shards, rank=rank, world_size=world_size, keeps_padding=True) for rank in range(world_size)]
@@ -78,13 +78,13 @@ def test_the_sequence_does_not_know_of_ranks_and_workers(shards):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_any_batch_can_be_the_first(shards, workers):
     made = batches(shards)
-    whole = [made[number] for number in range(13)]  # two passes and one batch
+    whole = [made[number] for number in range(13)]  # 12 batches are two passes over the data
     for first in (0, 7, 12):
         rest = list(pair_loader(batches(shards), first, 13, workers))
         assert all(equal(*pair) for pair in zip(whole[first:], rest, strict=True)), f"from batch {first}"
         assert sum(batch.bytes_read for batch in rest) == sum(batch.bytes_read for batch in whole[first:])
     texts = [text for batch in whole[:12] for text in texts_of(batch)]
-    assert set(Counter(texts).values()) == {4}  # these are 96 samples from 48 pairs with 24 texts
+    assert set(Counter(texts).values()) == {4}  # 96 samples: 2 passes over 48 pairs, which have 24 texts
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_same_substitute_on_every_machine(tmp_path):
 
 
 def test_a_batch_of_all_kinds_replaces_by_the_same_kind(tmp_path):
-    """With twelve identities in batches of twelve, only a sample of the same identity may replace a broken one."""
+    """A batch of 12 has each of the 12 captions once, so only a sample of the same caption may replace a broken one."""
     samples = [sample(index % 12, png=b"x" if index % 5 == 0 else picture(index)) for index in range(48)]
     write_shard(tmp_path / "s.tar", samples)
     found = [batches(f"{tmp_path}/s.tar", batch_size=12, unique_by="caption")[number] for number in range(8)]
@@ -163,7 +163,7 @@ def test_errors_of_a_batch_arrive_as_they_are(error, workers, shards, monkeypatc
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Let PyTorch's own thread pin batches for a fake GPU."""
+    """Fake a GPU, so that the data loader starts PyTorch's thread that pins batches."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
@@ -191,15 +191,15 @@ def test_closing_does_not_wait_for_busy_workers(dies, pinned, shards, monkeypatc
         with pytest.raises(ValueError, match=r"a data worker died: it (was killed by SIGKILL|has ended)"):
             next(loader)
     loader.close()
-    assert time.monotonic() - started < 20  # PyTorch alone takes ten seconds for each worker, and leaves some behind
+    assert time.monotonic() - started < 20  # PyTorch by itself waits ten seconds per worker
     assert not workers & children()
 
 
 def children():
-    """Return the processes of the data workers, the children of this one."""
+    """Return the ids of this process's children, which are the data workers."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread may have ended meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread may end during the loop
             found.update(map(int, (task / "children").read_text().split()))
     return found
 

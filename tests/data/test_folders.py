@@ -20,7 +20,7 @@ def test_folders(tmp_path):
     assert pairs_of(source) == EXPECTED
     assert metadata(source.read(1)) == {"label": TEXTS[1]}
     assert (source.read(3)["__key__"], source.name(3)) == ("003", "photos, sample 3")
-    # files may be in any sub-folder, with any names, beside other files
+    # Pairs may lie in any sub-folder, under any names, beside files that belong to no pair.
     (folder / "b" / "c.d").mkdir(parents=True)
     for name, content in {
         "b/c.d/my.photo.v2.JPG": b"1", "b/c.d/my.photo.v2.txt": b"one", "b/c.d/my.photo.txt": b"no image",
@@ -66,7 +66,7 @@ def test_a_folder_that_changes_is_listed_again(tmp_path, change):
         (folder / "003.png").rename(folder / "zzz.png")
     if change == "add":
         (folder / "a/b/new.png").write_bytes(picture(3))
-    assert before.read(0)["txt"].decode() == TEXTS[0]  # read by the list with which the run began
+    assert before.read(0)["txt"].decode() == TEXTS[0]  # the open source keeps its list of files
     shutil.rmtree(tmp_path / "cache" / "shards")
     with pytest.raises(SampleError, match=r"the shard (was replaced after|has \d+ bytes, and had)"):
         late.read(0)

@@ -1,4 +1,4 @@
-"""JPEG decoding on the device: the same crops, nearly the same pixels, and correct handling of broken files."""
+"""JPEG decoding on the device: crops equal to those of the host, nearly equal pixels, and handling of broken files."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def cropped(crops, files):
-    """Return a random crop of each file, with random numbers of its own."""
+    """Yield a random crop of each JPEG file, drawn with the file's number as seed."""
     for number, data in enumerate(files):
         torch.manual_seed(number)
         yield crops(data)
@@ -37,12 +37,12 @@ def batch_of(files, size=96, **options):
 
 
 def usual(files, size=96, **options):
-    """Return the crops of the same files as Pillow decodes them on the host."""
+    """Return the crops that the host makes of JPEG files with Pillow, to compare them with the device's."""
     return torch.stack(list(cropped(CroppedImages(size, **options), files)))
 
 
 def kind_of(data):
-    """Return the shape of an image file that the host must decode; None if the device decodes it."""
+    """Return None for an image file that the device decodes, and else the shape of the host's crop."""
     found = EncodedCrops(CroppedImages(16))(data)
     return None if isinstance(found, EncodedCrop) else tuple(found.shape)
 
@@ -58,8 +58,8 @@ def test_pixels_are_nearly_those_of_the_host(scale, subsampling):
     assert (found.shape, found.dtype) == ((5, 3, 96, 96), torch.uint8)
     whole, coarse = usual(files, scale=scale, oversampling=math.inf), usual(files, scale=scale)
     for ours, exact, usually in zip(found, whole, coarse, strict=True):
-        assert decibels(ours, exact) > 43  # at the edges, PIL reads pixels outside of the crop
-        assert decibels(ours, usually) > 35  # the same tolerance as for coarsely decoded files
+        assert decibels(ours, exact) > 43  # not more: at a crop's edges, Pillow reads pixels beyond them
+        assert decibels(ours, usually) > 35  # Pillow decodes this file at a fraction of its size
 
 
 def test_what_the_device_gets():
@@ -83,7 +83,7 @@ def test_what_the_device_gets():
     found, expected = batch.on(CPU), usual(mixed)
     assert torch.equal(found[[0, 2, 4]], expected[[0, 2, 4]])
     assert all(decibels(found[place], expected[place]) > 35 for place in (1, 3))
-    assert torch.equal(batch_of(mixed[:1]).on(CPU), expected[:1])  # a batch without any file
+    assert torch.equal(batch_of(mixed[:1]).on(CPU), expected[:1])  # a batch of host-decoded images
 
 
 def damaged(data, rng):
@@ -114,7 +114,7 @@ def outcome(function, data):
 
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"restart_marker_rows": 1}])
 def test_workers_refuse_what_the_host_refuses(options):
-    """Workers do not decode, and still no file that is sent to the device fails to decode."""
+    """Data workers refuse damaged JPEG files without decoding them, and with the same kinds of errors as the host."""
     whole, rng = jpeg(photograph(70, 50), **options), np.random.default_rng(0)
     sent = refused = 0
     for _ in range(500):
@@ -132,11 +132,11 @@ def test_workers_refuse_what_the_host_refuses(options):
 
 
 def refusing(*refused):
-    """Return a decoder that refuses lists with one of these files, as nvJPEG does."""
+    """Let torchvision's JPEG decoder refuse every list with one of the files ``refused``, as nvJPEG does."""
     from torchvision.io import decode_jpeg
 
     def decode(files, *arguments):
-        """Refuse some JPEG files, as nvJPEG does, and decode the others."""
+        """Raise nvJPEG's error if one of the JPEG files is to be refused, else decode them all."""
         if any(bytes(file.numpy()) in refused for file in files):
             raise RuntimeError("nvjpegDecode failed: 5\nat some line")
         return decode_jpeg(files, *arguments)
@@ -155,7 +155,7 @@ def test_the_host_decodes_what_the_device_refuses(caplog):
     assert len(caplog.records) == 1
     with (
         mock.patch("torchvision.io.decode_jpeg", side_effect=torch.OutOfMemoryError("full")),
-        pytest.raises(torch.OutOfMemoryError),  # a lack of memory is no refusal
+        pytest.raises(torch.OutOfMemoryError),  # must not be taken for a refused file
     ):
         batch_of(files).on(CPU)
 
@@ -171,7 +171,7 @@ def test_a_device_without_a_decoder():
 
 @pytest.fixture
 def photographs(tmp_path):
-    """A shard of 32 photographs; some are not JPEG files, and two are broken."""
+    """Write a shard of 32 photographs; some are PNG files, and two are broken."""
     samples = []
     for number in range(32):
         data = jpeg(photograph(48 + number, 40, seed=number))

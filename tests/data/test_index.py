@@ -21,7 +21,7 @@ def index_in_a_process(names):
 
 
 def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
-    """Three processes share a cache with room for the copy of one shard."""
+    """Three processes index the same compressed shards in a cache that has room for the copy of one shard."""
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "700000")
     names = []
     for number in range(6):
@@ -40,7 +40,7 @@ def test_known_shards_are_indexed_again_if_they_or_their_entries_change(tmp_path
     paths = [str(write_shard(tmp_path / f"{n}.tar", n)) for n in (3, 5)]
     first = list(index.shards(paths))
     with monkeypatch.context() as patch:
-        patch.setattr("clipfast.data.index.format_of", None)  # fails if a shard is read
+        patch.setattr("clipfast.data.index.format_of", None)  # indexing a shard would call it
         assert list(index.shards(paths)) == first
     write_shard(tmp_path / "3.tar", 4)
     os.utime(tmp_path / "3.tar", ns=(1, 1))
@@ -93,7 +93,7 @@ def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
         return original(name, *arguments, **options)
 
     monkeypatch.setattr(os, "open", failing)
-    # a limit of this process is no fault of the shard
+    # Too many open files (EMFILE) is a limit of this process and no fault of the shard, so the sample is not skipped.
     with pytest.raises(OSError if code == errno.EMFILE else SampleError, match=os.strerror(code)):
         source.read(0)
 

@@ -26,7 +26,7 @@ FIVE = [f"caption {number}" for number in range(5)]
 
 
 def packed(**members):
-    """Return a sample with these members: bytes, texts, or objects that are written as JSON."""
+    """Return a sample whose members are given as bytes, as texts, or as objects to write as JSON."""
     return {
         key: value if isinstance(value, bytes)
         else value.encode("latin-1") if isinstance(value, str)
@@ -35,7 +35,7 @@ def packed(**members):
     }  # fmt: skip
 
 
-# Each line has a sample, flags, and the expected caption.
+# Each line has a sample, the flags that name its keys, and the expected caption.
 TAKEN = r"""
 {"txt": " a \n", "json": {"caption": "b"}} | {} | a
 {"json": {"title": "c", "text": "b", "caption": "a"}} | {} | a
@@ -64,7 +64,7 @@ NOT_TAKEN = r"""
 
 
 def samples(text):
-    """Parametrise over the lines of a table: the files of a sample, the keys that are asked for, and the result."""
+    """Parametrise over the lines of a table: a sample's files, the flags that name its keys, and the result."""
     rows = [line.split(" | ") for line in text.strip().splitlines()]
     return pytest.mark.parametrize(
         ("raw", "keys", "expected"),
@@ -90,7 +90,7 @@ def test_which_image_is_taken():
     assert image_bytes({"png": b"a", "jpg": b"b"}, read_keys(image_key="webp; png;jpg")) == b"a"
     with pytest.raises(SampleError, match=r"no image \(webp\), only png, txt; --image-key names others"):
         image_bytes({"png": b"a", "txt": b""}, read_keys(image_key="webp"))
-    # a path in the json of a tar file is only a text
+    # a path in a json of a tar shard is never read as a file
     with pytest.raises(SampleError, match="only json with filepath"):
         image_bytes({"json": b'{"filepath": "/etc/passwd"}'})
 
@@ -115,9 +115,9 @@ def test_keys_are_drawn_by_their_probabilities():
     assert set(found) == {"a", "b"}
     assert 700 < found["a"] < 800
     assert caption(raw, keys=keys) == "a"
-    # a key with probability 0 is used if the others are missing
+    # A caption key with probability 0 is drawn if captions of the other keys are missing.
     assert set(drawn(packed(json={"b": "", "c": "c"}), 20, keys=keys)) == {"c"}
-    # the keys after the first are drawn by the probabilities of the rest, as in OpenCLIP
+    # If the first key is missing, the other keys are drawn by their own probabilities, as in OpenCLIP.
     keys = read_keys(json_text_key=["none", "a", "b"], json_text_key_probs=[2, 1, 4])
     assert 750 < drawn(raw, keys=keys)["b"] < 850
 
@@ -158,7 +158,7 @@ def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path, monkeyp
     model = create_model("ViT-T-8-32")
 
     def first_batch(flags):
-        """Return the first training batch with the keys of samples that these flags name."""
+        """Return the first batch of ``clipfast train`` with these flags, which name the keys of images and captions."""
         words = f"train --batch-size 8 --epochs 1 --workers 0 --train-data {flags}".split()
         given = vars(cli._parser("train").parse_args(words))
         config = TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig) if field.name in given})
@@ -213,7 +213,7 @@ def test_a_position_always_draws_the_same_caption_and_passes_draw_all(tmp_path):
 
 @pytest.mark.parametrize(("key", "content"), [("json", b'{"caption": "a"}'), ("caption", b"a"), ("text", b"a")])
 def test_damage_is_counted_in_a_shard_with_captions_of_any_name(tmp_path, key, content):
-    """Lost pairs are counted by the size of known pairs. With none, the least possible size would give too many."""
+    """Lost pairs are estimated by the size of readable pairs, so pairs must be known under any name of the caption."""
     samples = [{"png": picture(index, 100), key: content} for index in range(20)]
     path = write_shard(tmp_path / "s.tar", samples)
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The order of the data: each sample once a pass, any stretch directly, exact mixes, distinct identities."""
+"""The order of training data: each sample once per pass, any stretch directly, exact mixes, distinct identities."""
 
 import tracemalloc
 
@@ -35,11 +35,11 @@ def test_a_pass_has_every_sample_once_and_any_stretch_stands_by_itself(sizes, wi
     if count == 17 * 20:
         other = Order(sizes, 6, window=window, streams=streams)(0, 3 * count).sample
         orders = [part.tobytes() for part in (*whole.sample.reshape(3, count), *other.reshape(3, count))]
-        assert len(set(orders)) == 6  # passes and seeds differ
+        assert len(set(orders)) == 6  # each of 3 passes of 2 seeds has an order of its own
 
 
 def test_the_words_are_those_of_splitmix64():
-    """The order of a run must not depend on NumPy's version. These words are published with the algorithm."""
+    """The random numbers of the order are SplitMix64's published ones, so that no version of NumPy changes a run."""
     assert random_words(3).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert len({random_words(1, *key).item() for key in ((), (0,), (1,), (0, 1), (1, 0), (-1,), (2**64 - 2,))}) == 7
 
@@ -72,7 +72,7 @@ def test_mixes_have_their_shares_everywhere():
     share = np.array([3000, 5000, 14]) / len(mix)
     for stop in (len(whole), len(whole) // 2, 4096):
         counts = np.bincount(whole.source[:stop], minlength=3)
-        # shares are exact in every block; the positions after the last full block may deviate
+        # Shares of sources are exact in every block of the mix, and may deviate after the last full block.
         assert abs(counts - share * stop).max() < 0.01 * stop * share.max()
     for source, size in enumerate((1000, 5000, 7)):
         mine = whole.sample[whole.source == source]
@@ -97,7 +97,7 @@ def test_no_two_of_a_kind_in_a_batch(kinds, batch_size, window):
     for batch in whole.sample.reshape(-1, batch_size):
         assert len(set(alike[batch].tolist())) == batch_size
     seen = [len(set(part.tolist())) for part in whole.sample.reshape(3, -1)]
-    assert min(seen) > 0.9 * len(unique)  # the other samples were replaced
+    assert min(seen) > 0.9 * len(unique)  # up to 10% are replaced, to keep identities distinct
     if kinds == 400:
         assert set(seen) == {len(unique)}
     check_stretches(unique, whole)

@@ -1,4 +1,4 @@
-"""Batches of packed images: the same order on any ranks and workers, each image once, and a budget that is kept."""
+"""Batches of packed images: equal for any number of ranks and workers, each image once, within the token budget."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ BUDGET = TokenBudget((4, 9, 16), (1.0, 2.0, 1.0), max_tokens=108, divisor=6, pro
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A shard of pictures of many shapes, JPEG and PNG, with a caption of its own for each."""
+    """Write a shard of pictures of many shapes, JPEG and PNG, each with another caption."""
     shapes = [(40, 30), (30, 40), (90, 20), (16, 16), (25, 100)]
     samples = [sample(index) for index in range(PAIRS)]
     for index, files in enumerate(samples):
@@ -50,7 +50,7 @@ def unpacked(images):
 
 
 def digest(parts, count):
-    """Return the SHA-256 of all pixels and texts of batches, in order, of which each rank has a part."""
+    """Return the SHA-256 of all pixels and texts in ``count`` batches; ``parts`` has each rank's part of a batch."""
     found, numbers = hashlib.sha256(), 0
     for ranks in zip(*parts, strict=True):
         for batch in ranks:
@@ -122,7 +122,7 @@ def test_for_a_gpu_the_number_of_patches_is_rounded_up(pictures):
 
 
 def test_patches_are_made_in_shared_memory(pictures, monkeypatch):
-    """A worker's patches are not copied once more when they are sent."""
+    """A data worker packs patches in shared memory, so that they need not be copied to be sent."""
     monkeypatch.setattr("clipfast.data.loader.get_worker_info", lambda: SimpleNamespace(id=0))
     assert batches(pictures)[0].images.patches.is_shared()
 
@@ -134,7 +134,7 @@ def test_faulty_pairs_are_replaced(tmp_path):
     found = [made[number] for number in range(count)]
     assert [len(batch) for batch in found] == [made.plan[number].pairs for number in range(count)]
     whole = Counter(skipped.kind for batch in found for skipped in batch.skipped)
-    assert set(whole) == set(faults()) - {"no such field", "broken json"}  # the json is not read
+    assert set(whole) == set(faults()) - {"no such field", "broken json"}  # faults of a json stay unnoticed
     parts = [batches(tmp_path / "s.tar", rank=rank, world_size=2) for rank in (0, 1)]
     assert digest([[part[number] for number in range(count)] for part in parts], count) == digest([found], count)
 

@@ -22,11 +22,11 @@ from .conftest import copies, opened, ordered
 from .rows import downloaded, write_parquet
 
 SHARDS, EACH, BATCH = 24, 10, 5
-NOISE = bytes(40_000)  # makes the copies larger than their overhead
+NOISE = bytes(40_000)  # a member that makes a shard larger than the overhead of its copy
 
 
 def write_shards(folder, suffix):
-    """Write shards of pairs whose captions are their numbers, and a file with their counts."""
+    """Write shards of pairs whose captions are the pairs' numbers, and ``sizes.json`` with the counts of pairs."""
     folder.mkdir(exist_ok=True)
     names = [f"{shard:02d}{suffix}" for shard in range(SHARDS)]
     for shard, name in enumerate(names):
@@ -53,7 +53,7 @@ def check_every_pair_once(found):
 
 
 def until(condition):
-    """Wait until the threads that copy shards ahead have brought about a condition."""
+    """Wait until ``condition()`` is true by the work of the threads that copy shards ahead."""
     end = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < end
@@ -67,7 +67,7 @@ def threads():
 
 @pytest.fixture
 def brought(monkeypatch):
-    """A list of the names of the shards that were copied ahead."""
+    """Return a list that gets the name of each shard that is copied ahead."""
     found, bring = [], IndexCache.bring
 
     def noted(index, name):
@@ -82,13 +82,13 @@ def brought(monkeypatch):
 
 @pytest.fixture
 def source(tmp_path):
-    """A source of compressed shards that were counted and never copied."""
+    """Return a source of compressed shards that have counts, and no copies yet."""
     names = [f"{tmp_path}/data/{name}" for name in write_shards(tmp_path / "data", ".tar.gz")]
     return opened(*names)
 
 
 def test_copies_are_there_before_they_are_needed(source, tmp_path, brought):
-    """This holds for shards that were indexed before, too."""
+    """Shards are copied ahead in a first run, and also in a second one, whose shards are indexed already."""
     names = [shard.name for shard in source.shards]
     for _ in range(2):
         with contextlib.closing(pair_loader(batches(source), 0, 2 * SHARDS, 0)) as loader:
@@ -119,9 +119,9 @@ def test_never_more_ahead_than_half_of_the_cache(room, sharers, source, tmp_path
             expected = min(sum(use <= at for use in first_use.values()) + room, SHARDS)
             until(lambda expected=expected: len(brought) >= expected)
             if at % 16 == 0:
-                time.sleep(0.05)  # no more copies appear
+                time.sleep(0.05)  # time in which no more copies may appear
             assert len(brought) == expected
-            # Copies that are no longer needed are being removed meanwhile.
+            # The limit has a tolerance, since the threads remove used copies at the same time.
             assert len(copies(tmp_path)) <= 2 * room * sharers + THREADS
     order = sorted(first_use, key=lambda name: first_use[name])
     assert all(set(brought[:count]) <= set(order[: count + THREADS]) for count in range(SHARDS))
@@ -148,7 +148,7 @@ def test_copies_that_are_removed_while_they_are_read(source, tmp_path, monkeypat
 
 
 def test_a_loader_does_not_wait_for_copies(source):
-    """This holds even for a shard without an end."""
+    """The first batch comes at once, although the copies of all other shards never end."""
     made = batches(source)
     good = set(source.shards_of(made.samples(0).sample).tolist())
     for shard in set(range(SHARDS)) - good:
@@ -165,7 +165,7 @@ def test_a_loader_does_not_wait_for_copies(source):
 
 @pytest.mark.parametrize("end", ["loader", "process"])
 def test_a_copy_that_is_cancelled_is_not_noted_as_a_failure(end, source, tmp_path, monkeypatch):
-    """The process that reads Parquet files ends before the thread that copies one."""
+    """A copy of a Parquet shard leaves no note of failure if the process that reads the shard is ended at the exit."""
     at_exit = []
     monkeypatch.setattr(atexit, "register", at_exit.append)
     contained._end()

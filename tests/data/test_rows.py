@@ -34,7 +34,7 @@ def test_every_row_is_the_sample_of_its_number(form, tmp_path):
         write_arrow(path, table, form)
     source = opened(path)
     assert source.sizes == [120]
-    assert not copies(tmp_path)  # rows are counted without a copy
+    assert not copies(tmp_path)  # rows are counted in the footer, without a copy
     for number in np.random.default_rng(0).permutation(120).tolist():
         raw = source.read(number)
         found = fields(raw)
@@ -61,7 +61,7 @@ def test_values_that_are_not_json(tmp_path):
         "nested": [{"inner": [b"bytes", b""], "infinite": float("inf"), "text": "é"}],
         "pairs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
         "kind": pa.array(["red"]).dictionary_encode(),
-        # bytes that are not UTF-8, which Parquet does not check
+        # text that is not UTF-8: Parquet does not check it
         "text": pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"caf\xe9")]),
         "json": ['{"label": "thing", "price": "0"}'],
         "Wörter/Bilder": [b"y"],
@@ -83,7 +83,7 @@ def test_images_by_path(tmp_path):
     path = write_parquet(tmp_path / "p.parquet", pa.table({"image": images, "text": paths}))
     expected = [b"image 0", None, b"image 0", None, None, None, None]
     source = opened(path, f"file://{path}")
-    # a remote shard cannot name local files
+    # The same file opened as a remote shard gives no images, since its paths must not name local files.
     assert [source.read(number).get("image") for number in range(14)] == [*expected, *[None] * 7]
 
 
@@ -106,7 +106,7 @@ def test_folders_of_shards(tmp_path):
     (folder / "state.json").write_text('{"_data_files": 3}')
     with pytest.raises(ValueError, match=r"state\.json does not list the files of a dataset"):
         expand_shards(str(folder))
-    for suffix in (".parquet", ".tar"):  # next to tar files, img2dataset's Parquet files have no images
+    for suffix in (".parquet", ".tar"):  # beside tar files, Parquet files are img2dataset's metadata
         for name in ("1", "0", "note.txt"):
             (tmp_path / (name + suffix)).touch()
         (tmp_path / f"note.txt{suffix}").rename(tmp_path / "note.txt")
@@ -158,9 +158,9 @@ def test_damage_is_named(case, whole, tmp_path):
     write_parquet(path, table) if form == "parquet" else write_arrow(path, table, form, rows=8)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(SampleError, match=rf"x\.(arrow|parquet) cannot be read: .*{message}"):
-        # errors in the values are found when the shard is copied
+        # a damaged value is found when the shard is copied
         opened(path, whole=whole).read(0)
-    assert form == "parquet" or contained._reader is None  # the damage may have ended the reader process
+    assert form == "parquet" or contained._reader is None  # the reader is ended: it may be harmed
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_an_outage_is_not_taken_for_damage():
 def test_few_rows_are_in_memory_at_once(tmp_path):
     images = [os.urandom(50_000) for _ in range(1000)]
     table, path = pa.table({"jpg": images, "n": list(range(1000))}), f"{tmp_path}/x.parquet"
-    # one row group is the whole file, but its pages are smaller
+    # The file has a single row group, so memory stays small only if rows are read by pages.
     pq.write_table(table, path, row_group_size=1000, use_dictionary=False, write_batch_size=16)
     del table
     before = pa.total_allocated_bytes()
@@ -210,7 +210,7 @@ def test_a_file_that_was_replaced(tmp_path):
     assert fields(used.read(3))["key"] == "000000003"
     write_parquet(path, downloaded(20, first=100))
     os.utime(path, ns=(1, 1))
-    assert fields(used.read(4))["key"] == "000000004"  # this shard was opened before
+    assert fields(used.read(4))["key"] == "000000004"  # from the copy of the old file
     with pytest.raises(SampleError, match="the shard was replaced after its samples were counted"):
         counted.read(3)
     again = opened(path)
@@ -234,7 +234,7 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_pat
     assert opened(path).sizes == [20]
     contained._reader.kill()
     contained._reader.wait()
-    assert opened(path).sizes == [20]  # the reader did not end because of this file
+    assert opened(path).sizes == [20]  # a new reader process is started
     contained._end()
     with monkeypatch.context() as patch:
         patch.setattr(contained, "PROGRAM", f"import os; input(); os.kill(os.getpid(), {number})")
@@ -245,7 +245,7 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(tmp_path, monkeypatch):
-    """The forked process goes on to live, as data workers do."""
+    """A process forked during the wait for a Parquet reader lives on, as a data worker does, and does not block."""
     path = write_parquet(tmp_path / "x.parquet", downloaded(20))
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
     waiting, forked = threading.Event(), threading.Event()
@@ -262,7 +262,7 @@ def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(
     copying = threading.Thread(target=opened, args=[path], kwargs={"whole": True}, daemon=True)
     copying.start()
     assert waiting.wait(30)
-    child.start()  # by the main thread, as data workers are
+    child.start()  # the main thread forks data workers, too
     forked.set()
     copying.join(30)
     lives = child.is_alive()

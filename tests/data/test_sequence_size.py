@@ -1,4 +1,4 @@
-"""Sizes of images for a sequence of patches, and their preprocessing, beside timm's; crops from encoded images."""
+"""NaFlex images: sizes for a sequence of patches and preprocessing, compared with timm's; crops of JPEG files."""
 
 import math
 import random
@@ -87,7 +87,8 @@ def test_crops_are_those_of_timm(scale, ratio, torch_numbers):
 @pytest.mark.parametrize(("width", "height"), [(640, 427), (333, 501), (1023, 767), (50, 40)])
 @pytest.mark.parametrize("budget", [16, 200])
 def test_pixels_of_crops_are_nearly_those_of_timm(width, height, budget, torch_numbers):
-    # The file is decoded coarsely, and the crop's edges are interpolated with pixels beyond them.
+    # clipfast decodes the file at a fraction of its size, and resizes a crop's edges with pixels beyond them; timm
+    # does neither, so that pixels are near, not equal.
     data = jpeg(photograph(width, height))
     for seed in range(2):
         _, size, theirs = timm_crop(open_image(data), seed, 8, budget, scale=(0.4, 1.0), ratio=(3 / 4, 4 / 3))
@@ -110,7 +111,7 @@ def test_files_are_decoded_as_coarsely_as_the_crop_allows():
 
 
 def test_a_coarse_file_has_the_size_of_a_whole_one():
-    data = jpeg(Image.new("L", (1001, 667)))  # an eighth of it is 126 x 84, of a slightly other aspect
+    data = jpeg(Image.new("L", (1001, 667)))  # decoded at an eighth, 126 x 84, it has another aspect
     for seed in range(100):
         shapes = []
         for oversampling in (1, math.inf):

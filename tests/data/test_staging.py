@@ -1,4 +1,4 @@
-"""Shards that are read from copies: how copies are made, notice changes, and are removed for others."""
+"""Remote and compressed shards, which are read from copies: making, renewing and removing copies in a cache."""
 
 import bz2
 import errno
@@ -25,7 +25,7 @@ def texts(source):
 
 
 def test_shards_from_elsewhere(tmp_path, monkeypatch):
-    """Shards from a command and a URL, and compressed files, are copied to a folder of limited size."""
+    """Shards from a command or a URL, and compressed shards, are copied to a cache folder of limited size."""
     samples = [sample(index) for index in range(6)]
     write_shard(tmp_path / "a.tar", samples)
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
@@ -42,7 +42,7 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
-    """The change is noticed when the shard is copied again. Until then, the copy is read without a check."""
+    """A compressed shard that was replaced is noticed when it is copied again; its existing copy is read unchecked."""
     path = tmp_path / "s.tar.gz"
     write_shard(path, 8)
     source, late = (opened(path) for _ in range(2))
@@ -57,7 +57,7 @@ def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatch):
-    """A few compressed bytes may expand until the disk is full."""
+    """A compressed shard that expands beyond the limit of the cache is refused, so that it cannot fill the disk."""
     (tmp_path / "s.tar.bz2").write_bytes(bz2.compress(bytes(30_000_000)))
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "2000000")
     with pytest.raises(SampleError, match=r"bz2 cannot be read: .* 2,000,000 bytes .* CLIPFAST_CACHE_BYTES") as error:
@@ -70,7 +70,7 @@ def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatc
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """Five compressed shards of two pairs each, with room for two copies."""
+    """Return a source of five compressed shards of two pairs each, with room in the cache for two copies."""
     paths = [write_shard(tmp_path / f"{n}.tar.gz", [sample(n), sample(n + 1)]) for n in range(5)]
     source = opened(*paths)
     size = max(path.stat().st_size for path in copies(tmp_path))
@@ -86,13 +86,13 @@ def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, 
         return sum(file.endswith(".tar (deleted)") for file in open_files(tmp_path))
 
     monkeypatch.setattr("clipfast.data.source.IDLE", 6)
-    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # all samples are read again and again
+    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # the samples of the first four shards, twice around
         copied.read(number)
     assert removed_and_open() == 2
     for _ in range(6):
         copied.read(6)
     copied.read(8)
-    assert removed_and_open() == 1  # the copy of the third shard, which was removed just now
+    assert removed_and_open() == 1  # only the copy that was removed last, not yet idle
     assert copied.read(0)["txt"] == sample(0)["txt"]
     copied.close()
     assert len(identities(copied, "caption")) == 10
@@ -100,7 +100,7 @@ def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, 
 
 
 def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
-    """The disk has space for little more than three copies, although the limit for copies is higher."""
+    """A disk with space for three copies of shards is never filled, although the limit of the cache is higher."""
     folder, copy = tmp_path / "cache" / "shards", staging._copy
     copied.read(0)
     size = copies(tmp_path)[0].stat().st_size
@@ -119,16 +119,16 @@ def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr(staging, "_copy", limited)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free()))
-    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # files of a killed and a running process
+    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # of a killed process, of a running one
     left.touch()
     written.touch()
     with staging.exclusive(folder / staging.LOCKS / "written.tar"):
         for number in range(10):
             copied.read(number)
-            assert free() >= capacity // 10  # the space that is left for other files
+            assert free() >= capacity // 10  # a tenth is kept free for other files
     assert (left.exists(), written.exists()) == (False, True)
     copied.close()
-    capacity = size * 2  # other files fill the remaining space
+    capacity = size * 2  # other files leave space for two copies
     assert copied.read(0)["__key__"] == "000"
     capacity = size - 1
     with pytest.raises(DiskFullError):
@@ -142,14 +142,14 @@ def test_a_failing_network_is_asked_again(server, tmp_path, monkeypatch):
     for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
         with pytest.raises(SampleError, match=message):
             opened(f"{server.url}/gone.tar", whole=True)
-    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # as in a later run, after the server was repaired
+    monkeypatch.setattr(staging, "BEGIN", time.time() + 1)  # a later run does not trust the old failure
     server.failing.clear()
     write_shard(tmp_path / "web" / "gone.tar", [sample(1)])
     assert texts(opened(f"{server.url}/gone.tar", whole=True)) == [sample(1)["txt"]]
 
 
 def test_an_attempt_that_fails_late_is_made_once_more(monkeypatch):
-    """This happens if the connection breaks during a large shard."""
+    """If a request fails after all patience is spent, as when a connection breaks in a large shard, it is repeated."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
     answers = [[b"all of it"], []]
@@ -162,18 +162,18 @@ def test_a_server_that_sends_no_parts(server, tmp_path):
     write_parquet(tmp_path / "web" / "s.parquet", rows)
     source = opened(f"{server.url}/s.parquet")
     assert source.sizes == [20]
-    assert source.shards[0].counted_in is None  # the shard was copied to be counted
+    assert source.shards[0].counted_in is None  # no file of counts, so the shard was copied
     counts = Counts()
     assert counts.of(f"{server.url}/s.parquet") is None
     asked = server.asked
     assert counts.of(f"{server.url}/s.1.parquet") is None
-    assert server.asked == asked  # the server is asked once for all files of a folder
+    assert server.asked == asked  # one request finds that a whole folder has no counts
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
         opened(f"{server.url}/gone.parquet")
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(server, tmp_path, caplog):
-    """The copy holds a single version of the file, and has the stamp of that version."""
+    """The copy of a shard that changes during copying holds a single version, and has the stamp of this version."""
     server.sends_parts = False
     path = tmp_path / "web" / "s.tar"
 

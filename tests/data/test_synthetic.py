@@ -1,4 +1,4 @@
-"""Drawn pairs: the same bits on every device, true captions, and wrong captions that are false."""
+"""Synthetic pairs: pictures with the same bits on every device, true captions, and wrong captions that are false."""
 
 import collections
 import functools
@@ -60,7 +60,7 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def scenes(make):
-    """Return many scenes of synthetic pairs, for training or held out."""
+    """Return 6,000 scenes of synthetic pairs, made by ``make`` for training or for tests."""
     return [make(number, seed) for seed in (0, 7) for number in range(3000)]
 
 
@@ -102,7 +102,7 @@ def test_a_picture_depends_on_its_number_alone(size, two_threads):
     assert torch.equal(together, alone)
     assert not torch.equal(together, pictures(range(300, 320), size, seed=1))
     images = drawings(SyntheticSource(9).scenes(range(9)), size).on(torch.device("meta"))
-    assert (images.device.type, images.shape) == ("meta", (9, 3, size, size))  # nothing is allocated on another device
+    assert (images.device.type, images.shape) == ("meta", (9, 3, size, size))  # drawn on the given device
 
 
 def test_reading_gives_the_pixels_of_the_batch():
@@ -113,7 +113,7 @@ def test_reading_gives_the_pixels_of_the_batch():
         assert np.array_equal(np.asarray(decode_image(raw)), image.permute(1, 2, 0).numpy())
         assert caption(raw) == metadata(raw)["label"] == text
     assert "png" not in source.read(0, Keys(images=("jpg",)))
-    # a pair does not depend on the size of its set
+    # a synthetic pair does not depend on the number of pairs in its set
     assert SyntheticSource(10, 3).read(9) | {"__url__": ""} == source.read(9) | {"__url__": ""}
 
 
@@ -126,7 +126,7 @@ AREAS = {
 
 @pytest.mark.parametrize("shape", drawing.SHAPES)
 def test_shapes_have_their_areas_and_turn(shape):
-    """Areas are in units of the radius squared; an eighth turn changes all shapes that are not round."""
+    """Drawn shapes have their areas (in units of the radius squared), and an eighth turn changes all but round ones."""
     numbers = torch.zeros(3, drawing.WIDTH, dtype=torch.int32)
     numbers[:, COLUMNS.shape] = list(drawing.SHAPES).index(shape)
     numbers[:, COLUMNS.degrees] = torch.tensor([0, 45, 0])
@@ -153,7 +153,7 @@ def test_captions_say_what_can_be_seen():
         frame = says["background"] if says["frame"] == "none" else says["frame"]
         assert near(frame)[[0, 0, -1, -1], [0, -1, 0, -1]].all()
         rows, columns = np.nonzero(near(says["colour"]) & inner)
-        if says["shape"] not in ("half circle", "triangle", "star"):  # the centroid of these shapes is not their centre
+        if says["shape"] not in ("half circle", "triangle", "star"):  # not centred in their boxes
             middle = [(some.max() + some.min() + 1) / 2 / size for some in (rows, columns)]
             row, column = (int((x - 0.5) / 0.19 + 1.5) for x in middle)
             assert PLACES[3 * row + column] == says["place"]
@@ -189,7 +189,7 @@ def test_no_caption_twice_in_a_batch():
     source = SyntheticSource(3000)
     known = identities(source, "caption")
     assert len(np.unique(known)) == len(set(captions(source.scenes(range(3000))))) < 3000
-    with mock.patch.object(SyntheticSource, "read", side_effect=AssertionError):  # the identities are cached
+    with mock.patch.object(SyntheticSource, "read", side_effect=AssertionError):  # identities are cached
         assert np.array_equal(identities(SyntheticSource(3000), "caption"), known)
     made = batches([source], 1000)
     made.order = Unique(made.order, [known], 1000)
@@ -209,7 +209,7 @@ def test_pairs_mix_with_shards(shards, tmp_path):
         config("synthetic:{8..9}::synthetic:24@1", tmp_path, **SYNTHETIC | options | {"unique_by": None})
     )
     assert [len(order) for order in data.order.orders] == [8, 9, 24]
-    assert len(data.order) == 8 + 9 + 2 * 24  # a factor applies to all pairs of its source
+    assert len(data.order) == 8 + 9 + 2 * 24  # a factor of 2 repeats all pairs of its source
 
 
 def test_options_that_change_drawn_pairs_are_refused(tmp_path):
@@ -240,7 +240,7 @@ def combination(scene):
 
 
 def is_true(text, scene):
-    """Return whether a synthetic caption describes its scene truthfully; None if the words are no caption."""
+    """Return whether a synthetic caption describes its scene truthfully, or None if the text is no caption."""
     words = text.replace("left of", "left").replace("right of", "right").split()
     things = scene.things
     match words:
@@ -281,13 +281,13 @@ def test_captions_of_scenes_are_true_and_wrong_ones_are_not():
 def test_training_draws_no_combination_of_a_test():
     trained, tested = (set(map(combination, scenes(make))) for make in (training_scene, held_out_scene))
     assert not trained & tested
-    for some in (trained, tested):  # training and tests both have every colour and every shape
+    for some in (trained, tested):  # both have every colour and every shape
         assert frozenset().union(*(colours for colours, _ in some)) == set(COLOURS)
         assert frozenset().union(*(shapes for _, shapes in some)) == set(SHAPES)
 
 
 def test_which_caption_is_right_is_even():
-    """Neither form of a caption is right more often, so captions alone do not reveal the answer."""
+    """Of two captions, each is the right one equally often, so captions without their images do not tell the answer."""
     seen = collections.Counter(
         (scene.caption, scene.wrong) for scene in scenes(held_out_scene) if scene.kind != "order"
     )
@@ -301,7 +301,7 @@ def test_which_caption_is_right_is_even():
 def test_things_do_not_touch_and_are_whole():
     for scene in (*scenes(training_scene), *scenes(held_out_scene)):
         for one, other in itertools.combinations(scene.things, 2):
-            # the corners of the largest shapes are within 1.2 radii
+            # The corners of every shape are within 1.2 radii of its centre, so that shapes do not overlap.
             assert math.hypot(one.x - other.x, one.y - other.y) > 1.2 * (one.radius + other.radius) + 1, scene
         for thing in scene.things:
             assert 1.2 * thing.radius - 1 < min(thing.x, thing.y), scene
@@ -309,7 +309,7 @@ def test_things_do_not_touch_and_are_whole():
 
 
 def test_pictures_show_what_their_scenes_say():
-    """All pixels have a colour of the things or the background, and each thing is at its place."""
+    """In a synthetic picture, pixels have a colour of a thing or of the background, and things are at their places."""
     for scene in scenes(held_out_scene)[:24]:
         pixels = np.asarray(scene.picture()).astype(int)
         assert pixels.shape == (SIDE, SIDE, 3)

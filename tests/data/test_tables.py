@@ -1,4 +1,4 @@
-"""Tables of images: every pair is read back exactly by its number, and every kind of source gives the same pairs."""
+"""Tables of images (CSV, JSON Lines): every pair is read back by its number, and all kinds of sources are equal."""
 
 import csv
 import gzip
@@ -54,9 +54,9 @@ pq = pytest.importorskip("pyarrow.parquet")
     ],
 )
 def test_csv_files_of_all_kinds(tmp_path, name, options):
-    """A separator is ignored if the header lacks it: it was given for another table of the run."""
+    """CSV files of all dialects are read; a given separator that the header lacks is meant for another table."""
     path = write_csv(write_images(tmp_path) / name, **options)
-    path.write_bytes(path.read_bytes()[: -len(options.get("end", "\n"))])  # cut the end of the last line
+    path.write_bytes(path.read_bytes()[: -len(options.get("end", "\n"))])  # the last line lacks its line break
     packed = tmp_path / f"{name}.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     for shard, given in ((path, None), (path, "|"), (packed, None)):
@@ -83,7 +83,7 @@ def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypa
         assert pairs_of(opened(name)) == [
             (PAIRS[0][1], "a"), (b"here", "b"), (PAIRS[1][1], "c"), (PAIRS[2][1], "d"),
         ]  # fmt: skip
-    # a remote table has no local folder
+    # A remote table has no local folder, so its paths are relative to the working folder.
     assert image_bytes(opened(f"file://{folder}/t.csv").read(0)) == b"not this one"
     assert image_bytes(opened(f"pipe:cat {folder}/t.csv").read(2)) == PAIRS[1][1]
     Path("more/x.png").unlink()
@@ -97,7 +97,7 @@ def test_extents_are_the_rows_of_pythons_csv(body, separator):
     data = f"x{separator}y\n{body}".encode()
     rows = csv.reader([*io.StringIO(data.decode(), newline=""), "\n"], delimiter=separator, skipinitialspace=True)
     expected = list(rows)
-    is_open = expected[-1] != []  # the added line is within an open quote
+    is_open = expected[-1] != []  # an open quote takes in the added line
     expected = [row for row in expected[: -1 if is_open else None] if row][1:]
     with tempfile.TemporaryFile() as file:
         file.write(data)
@@ -120,7 +120,7 @@ def test_extents_are_the_rows_of_pythons_csv(body, separator):
 
 
 def numbered(path, count, changes):
-    """Open a CSV shard of numbered rows, some of which are replaced by other text."""
+    """Write a CSV shard of numbered rows, some replaced by ``changes``; return the source and a reader of captions."""
     rows = [changes.get(number, f"{number}.png,caption {number}") for number in range(count)]
     path.write_text("\n".join(["filepath,title", *rows]))
     source = opened(path)
@@ -145,7 +145,7 @@ def test_a_quote_that_nothing_closes_loses_what_it_swallows(tmp_path):
     ("name", "header", "texts"),
     [
         ("t.tsv", ("filepath", "title"), ('"Mind the gap', 'the end"')),
-        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),  # its first quote ends the open one
+        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),  # its quote ends the stray one
         ("t.csv", ("n", "title", "filepath"), ('"Mind the gap', '"the end"')),
     ],
 )
@@ -158,7 +158,7 @@ def test_rows_that_a_stray_quote_swallows_are_lost_by_name(tmp_path, name, heade
     (tmp_path / name).write_text("\n".join(map(separator.join, [header, *rows])) + "\n")
     source = opened(tmp_path / name)
     ((place, lost),) = source.shards[0].damage.items()
-    assert place.startswith("line 13: a quote")  # after a header and a row of two lines
+    assert place.startswith("line 13: a quote")  # the line with the stray quote of rows[10]
     assert (lost, source.sizes) == (11, [29])
     assert caption(source.read(5, NO_IMAGE)).startswith("two lines,")
 
@@ -169,7 +169,7 @@ def test_quotes_spaces_and_columns_of_one_name(tmp_path):
     assert pairs_of(opened(f"{tmp_path}/t.csv")) == [(PAIRS[0][1], "a cat, asleep"), (PAIRS[1][1], "two\nlines")]
     (tmp_path / "t.csv").write_text('filepath title\n001.png "a cat"\n')
     assert pairs_of(opened(f"{tmp_path}/t.csv", index=IndexCache(separator=" "))) == [(PAIRS[1][1], "a cat")]
-    # the separator determines which quotes begin a field, and so the ends of rows: another separator has another index
+    # The separator determines which quotes begin a field, and so where rows end: each separator has its own index.
     (tmp_path / "t.csv").write_text('a;b,c\nx;"1\ny;2"\n')
     for separator, sizes in ((";", [1]), (",", [2]), (None, [2]), (";", [1])):
         assert opened(f"{tmp_path}/t.csv", index=IndexCache(separator=separator)).sizes == sizes
@@ -200,7 +200,7 @@ def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
         ("t.jsonl", b'[\n{"image": "1.jpg"}]', r"not JSON Lines, .*jq -c '\.\[\]'"),
         ("t.tsv", b"filepath\ttit", "it is empty: no row"),
         ("t.jsonl", b"<html>", "not JSON Lines.*: json cannot be read"),
-        # Half of the table's rows would look like a complete table.
+        # A truncated compressed table is refused, since its first rows alone would look like a complete table.
         (
             "t.csv.gz",
             gzip.compress(b"filepath,title\n" + random.Random(0).randbytes(999), mtime=0)[:-99],
@@ -242,7 +242,7 @@ def test_broken_rows_are_named(tmp_path):
 
 
 def test_only_images_come_out_of_a_table(tmp_path):
-    """A table can only name regular image files of limited size; anything else is one clear error."""
+    """A table can name only regular image files of limited size; each other file is an error of its sample."""
     folder = write_images(tmp_path / "data")
     (tmp_path / "secret.txt").write_text("a secret")
     os.mkfifo(folder / "pipe.png")
@@ -265,7 +265,7 @@ def test_only_images_come_out_of_a_table(tmp_path):
 
 
 def test_large_tables_are_indexed_in_little_memory(tmp_path):
-    """The index takes bytes for each row, not Python objects."""
+    """The index of a CSV table holds a few bytes for each row, not Python objects."""
     count = 50_000
     with (tmp_path / "t.csv").open("w", newline="") as file:
         file.write("filepath,title\r\n")
@@ -290,7 +290,7 @@ def test_captions_are_compared_without_reading_images(tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-    """The same pairs as shards in every format."""
+    """Write the same pairs as shards in every format, and return the shards."""
     folder = write_side_cars(write_images(tmp_path / "photos"))
     samples = [{"png": data, "txt": text.encode()} for _, data, text in PAIRS]
     rows = {"png": [data for _, data, _ in PAIRS], "caption": [text for _, _, text in PAIRS]}
@@ -306,7 +306,7 @@ def test_batches_are_the_same_from_every_source(sources):
     made = [pair_loader(batches(shard), 0, 4, shard.suffix == ".parquet") for shard in sources]
     for first, *others in zip(*made, strict=True):
         assert first.skipped == []
-        assert first.images.dtype == torch.uint8  # a quarter of the bytes that floats take on the way to a GPU
+        assert first.images.dtype == torch.uint8  # float32 takes four times the bytes
         for other in others:
             assert torch.equal(first.images, other.images)
             assert torch.equal(first.texts, other.texts)
@@ -326,7 +326,7 @@ def test_evaluation_reads_every_source(tmp_path, sources):
 
 
 def test_an_evaluation_names_what_is_lost(tmp_path, sources):
-    """Every lost pair is reported under a name of its own, after the pairs of its shard."""
+    """An evaluation reports each pair lost in a damaged shard by name: the place of the damage, and a number."""
     path, data = sources[0], bytearray(sources[0].read_bytes())
     data[len(data) // 2 : len(data) // 2 + 20_000] = bytes([7]) * 20_000
     path.write_bytes(data)

@@ -25,7 +25,7 @@ COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma
 
 
 def archive(names, form=tarfile.PAX_FORMAT, seed=0, **fields):
-    """Return a tar file of random bytes under these names, with links and folders as in ``fields``."""
+    """Return a tar file with members of random bytes under these names; ``fields`` are set in each member's TarInfo."""
     rng, stream = random.Random(seed), io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
         for name in names:
@@ -43,7 +43,7 @@ def pairs(count=PAIRS, **options):
 
 
 def contents(data):
-    """Return the files of a tar shard as Python's own reader finds them."""
+    """Return the files of a tar shard by name, as Python's tarfile reads them."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return {info.name: tar.extractfile(info).read() for info in tar if info.isreg()}
 
@@ -53,7 +53,7 @@ numbers = itertools.count()
 
 @pytest.fixture
 def read(tmp_path):
-    """A function that opens a shard with these bytes, and reads all its samples."""
+    """Return a function that writes a tar shard with given bytes, opens it, and reads all its samples."""
 
     def open_and_read(data, suffix=""):
         """Write a tar shard, open it, and read all its samples."""
@@ -112,19 +112,19 @@ def flip_bits(data, rng):
 
 
 def overwrite(data, rng):
-    """Return a tar shard a part of which is overwritten with random bytes."""
+    """Return a tar shard in which random bytes overwrite a random range."""
     start, garbage = rng.randrange(len(data)), rng.randbytes(rng.randrange(1, 20000))
     return (data[:start] + garbage + data[start + len(garbage) :])[: len(data)]
 
 
 def insert(data, rng):
-    """Return a tar shard with random bytes between its own."""
+    """Return a tar shard with random bytes inserted at a random place."""
     start = rng.randrange(len(data))
     return data[:start] + rng.randbytes(rng.randrange(1, 20000)) + data[start:]
 
 
 def repeat(data, rng):
-    """Return a tar shard of which a part occurs twice."""
+    """Return a tar shard in which a random range of bytes occurs twice."""
     start = rng.randrange(len(data))
     return data[: start + rng.randrange(1, 20000)] + data[start:]
 
@@ -142,7 +142,7 @@ def test_every_pair_is_read_or_counted_as_lost(corrupt, read):
     for seed in range(30):
         whole, lost = counted(read(corrupt(pairs(seed=seed), rng)))
         assert len(whole) + lost >= PAIRS, f"seed {seed}"
-        assert len(whole) >= PAIRS - 30  # everything outside of the damage is read
+        assert len(whole) >= PAIRS - 30  # pairs outside of the damage are read
 
 
 def test_damage_costs_no_more_than_it_must(read):
@@ -158,11 +158,11 @@ def test_damage_costs_no_more_than_it_must(read):
     broken[124:136] = b"-0000002000\0"  # a size of minus one block, which leads back to the header itself
     broken[148:156] = b"%06o\0 " % (sum(broken[:148]) + 8 * 32 + sum(broken[156:512]))
     assert len(counted(read(bytes(broken)))[0]) == PAIRS - 1
-    for cut in range(600, len(data) - 11000, 9999):  # the file does not tell how many pairs followed
+    for cut in range(600, len(data) - 11000, 9999):  # how many pairs followed is not known
         assert counted(read(data[:cut]))[1] == 1
     for bad in (data + bytes(50000), archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})):
         assert list(read(bad)[0].shards[0].damage.values()) == [1]
-    huge = archive(["a.txt"], pax_headers={"size": "9" * 5000})  # Python refuses to read such a number
+    huge = archive(["a.txt"], pax_headers={"size": "9" * 5000})  # an int of so many digits is an error in Python
     assert len(counted(read(huge + data))[0]) == PAIRS
 
 
@@ -228,7 +228,7 @@ def test_nothing_like_a_tar_file(data, read):
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize(("suffix", "folder"), [("", "a" * 120), (".gz", "a")])
 def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_path):
-    """Hard links are those of ``cp -al``, and symbolic links those of ``ln -s``."""
+    """A tar shard may have links in place of members: hard links by ``cp -al``, symbolic links by ``ln -s``."""
     root = tmp_path / "root"
     for inside in (folder, "b", "c"):
         (root / inside).mkdir(parents=True)
@@ -247,9 +247,9 @@ def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_pa
     for number in range(18):
         raw = source.read(number)
         assert {key: raw[key] for key in sample(0)} == sample(number % 6)
-    # Forked data workers share the descriptors.
+    # Reads leave the file offset at 0, since forked data workers share it.
     assert [os.lseek(opened.descriptor, 0, os.SEEK_CUR) for opened in source._open.values()] == [0]
-    for number in (18, 19):  # a link to a path outside of the shard, and a link to itself
+    for number in (18, 19):  # a link out of the shard, and a link to itself
         with pytest.raises(SampleError, match=r"c/\d\.png is a link to") as error:
             source.read(number)
         assert error.value.kind == "broken link"
@@ -281,7 +281,7 @@ def test_a_file_that_is_cut_while_it_is_indexed(tmp_path, monkeypatch):
     read_header = tar.read_header
 
     def cutting(block):
-        """Cut the tar shard off while it is indexed."""
+        """Truncate the tar shard while it is indexed, then read the header."""
         os.truncate(path, 16 * original)
         return read_header(block)
 
