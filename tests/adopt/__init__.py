@@ -1,4 +1,4 @@
-"""Models of other libraries, small, patched and compared."""
+"""Tests of adopted models: those of OpenCLIP, timm and transformers, which ``clipfast.apply_to_...`` patches."""
 
 from clipfast.bench.adoption import hf_models, shrunk
 

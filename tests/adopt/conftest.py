@@ -1,4 +1,4 @@
-"""Fixtures of the tests of adopted models, which need optional libraries, and use one thread for small models."""
+"""Fixtures for the tests of adopted (patched) models of OpenCLIP, timm and transformers."""
 
 import warnings
 from typing import Any
@@ -13,7 +13,7 @@ ON_A_CPU = places.CPU_DTYPES
 
 
 @pytest.fixture(autouse=True)
-def libraries(one_thread: None) -> None:  # threads that wait for each other cost more than they gain here
+def libraries(one_thread: None) -> None:  # more threads slow small models down
     """Skip a test of adopted models unless OpenCLIP and timm are installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -23,13 +23,13 @@ def libraries(one_thread: None) -> None:  # threads that wait for each other cos
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let adopted models run on our ops in every dtype, as on a GPU; ``as_on_a_cpu`` undoes it for a test of a CPU."""
+    """Let adopted models run on clipfast's ops in every dtype, as on a GPU; the fixture ``as_on_a_cpu`` undoes this."""
     monkeypatch.setattr(places, "CPU_DTYPES", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 @pytest.fixture
 def as_on_a_cpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the original layers of an adopted model run where they are faster than ours on a CPU."""
+    """Let the original layers of an adopted model run in the dtypes in which they are faster than clipfast on a CPU."""
     monkeypatch.setattr(places, "CPU_DTYPES", ON_A_CPU)
 
 
@@ -40,7 +40,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     for module in (open_clip_towers, hf_towers):
 
         def pack(*args: torch.Tensor, pack: Any = module.pack_if_shorter) -> torch.Tensor | PackedText:
-            """Pack texts, and note whether they were packed."""
+            """Pack texts, and record whether they were packed."""
             texts = pack(*args)
             seen.append(isinstance(texts, PackedText))
             return texts

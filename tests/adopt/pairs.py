@@ -1,4 +1,4 @@
-"""Helpers for tests of adopted models: a small model of any library, its patched copy, and their comparison."""
+"""Helpers for tests of adopted models: a small model of any library, its patched copy, and comparisons of the two."""
 
 import copy
 
@@ -33,14 +33,14 @@ def is_hf(model: nn.Module) -> bool:
 
 
 def patch(model: nn.Module, **flags: bool) -> nn.Module:
-    """Replace parts of a model by our ops, with the ``apply_to_...`` function for its library."""
+    """Replace parts of a model by clipfast's ops, with the ``apply_to_...`` function for the model's library."""
     if is_hf(model):
         return clipfast.apply_to_hf(model, **flags)
     return (clipfast.apply_to_open_clip if hasattr(model, "visual") else clipfast.apply_to_timm)(model, **flags)
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
-    """Return a small model of another library, and a copy of it that was patched to run on our ops."""
+    """Return a small model of another library, and a copy of it that was patched to run on clipfast's ops."""
     model = made(name, dtype)
     return model, patch(copy.deepcopy(model), **flags)
 
@@ -73,7 +73,7 @@ def assert_equal_results(
 
 
 def error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Return the largest error of a patched model's results relative to the largest value of their tensor."""
+    """Return the largest error of a patched model's results, relative to the largest value of each tensor."""
     return shrunk.largest_error(ours, theirs)[0]
 
 

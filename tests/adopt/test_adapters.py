@@ -1,4 +1,4 @@
-"""LoRA by peft on patched models: it trains as on the original, merges, and loads into a model without kernels."""
+"""LoRA adapters of peft on patched models: they train as on the original, merge, and load into an original model."""
 
 import copy
 
@@ -16,7 +16,7 @@ TARGETS = {
     "ViT-B-16-SigLIP": ["qkv", "proj", "fc1", "fc2"],
     "clip": ["q_proj", "v_proj", "fc1", "out_proj", "visual_projection"],
     "siglip": ["k_proj", "v_proj", "fc2"],
-    # The head's attention is PyTorch's own. It reads the weight of its out_proj, and would never call an adapter of it.
+    # Not the head's out_proj: PyTorch's MultiheadAttention reads its weight, and would never call an adapter of it.
     "siglip2": r".*(q_proj|self_attn\.out_proj|fc1)",
 }
 
@@ -33,7 +33,7 @@ def test_lora(name, tmp_path):
     model, patched = pair(name)
     targets = TARGETS[name]
     if not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()) and not is_hf(model):
-        # Peft has no adapter for OpenCLIP's own class of attention.
+        # Peft has an adapter for PyTorch's attention, and none for the attention class of later versions of OpenCLIP.
         targets = [target.replace("attn", "out_proj") for target in targets]
     adapted = []
     for each in (copy.deepcopy(model), patched):

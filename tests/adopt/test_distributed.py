@@ -1,4 +1,4 @@
-"""Patched models under DistributedDataParallel and FSDP2; one rank suffices to meet their hooks and their checks."""
+"""Patched models under DistributedDataParallel and FSDP2, on one rank, which suffices to test hooks and checks."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def group(tmp_path) -> Iterator[None]:
 
 
 def steps(model: nn.Module, args: object) -> list[float]:
-    """Return the losses of a patched model in three steps; the second fails if a parameter had no gradient before."""
+    """Return the losses of three training steps; with DDP, step 2 fails if a parameter had no gradient in step 1."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Adopted models with linear layers in 8 bits: they train like the originals, say so, and are reverted to the bit."""
+"""Adopted models with linear layers in FP8: they train like the originals, report the layers, and can be reverted."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from clipfast.models import layers
 from . import hf_models, shrunk
 from .pairs import is_hf, lines, made, patch
 
-# For each model, the kinds of a block's linear layers in 8 bits.
+# For each model, the linear layers of a block that are in FP8.
 KINDS = {
     "ViT-B-32": ("attn", "mlp.c_fc", "mlp.c_proj"),
     "clip": (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc*"),
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def losses(model, steps):
-    """Return the losses of steps of training an adopted model, each on other pairs."""
+    """Train an adopted model for ``steps`` steps, each on other pairs, and return the losses."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     torch.manual_seed(5)

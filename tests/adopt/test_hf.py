@@ -1,4 +1,4 @@
-"""transformers' CLIP, SigLIP and SigLIP 2, patched and unpatched, compute the same."""
+"""transformers' CLIP, SigLIP and SigLIP 2 compute the same when they are patched as before."""
 
 import copy
 from unittest import mock
@@ -47,7 +47,7 @@ def test_one_pair_and_short_texts(name):
 
 
 def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int, int]:
-    """Count the calls of our attention in a patched model for all rows and for one row."""
+    """Return how often a patched model calls clipfast's attention for all rows, and for one row."""
     with (
         mock.patch.object(hf, "attention_qkv", wraps=hf.attention_qkv) as whole,
         mock.patch.object(layers, "single_query_attention", wraps=layers.single_query_attention) as row,
@@ -58,7 +58,7 @@ def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int,
 
 @pytest.mark.parametrize("name", HF_NAMES)
 def test_what_runs_on_ours(name):
-    """Two blocks for images and two for texts, of which the last may compute one row."""
+    """Both blocks of each tower run on clipfast's attention, the last one maybe for one row, if padding allows it."""
     _, patched = pair(name)
     for paddings, forward, in_training in (
         ((None, "nowhere", "end"), (4, 0), (2, 2) if name == "clip" else (3, 1)),
@@ -111,7 +111,7 @@ def test_another_implementation_later(name):
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_flash_attention_without_padding_is_ours(name):
-    # transformers' own flash attention needs a GPU: if it were called, it would fail here.
+    # transformers' own flash attention would fail here, since it needs a GPU.
     model, patched = pair(name)
     given = hf_models.inputs(model)
     for tower in (patched.text_model, patched.vision_model):
@@ -142,7 +142,7 @@ def test_other_arguments(name):
     for each, options in (
         (given, {"position_ids": torch.arange(length).flip(0)[None]}),
         (given, {"attention_mask": torch.ones(3, 1, length, length, dtype=torch.bool).tril(1)}),
-        # One mask for all sequences.
+        # one mask, [1, 1, length, length], for all sequences
         (given, {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}),
         (wide, {"interpolate_pos_encoding": True}),
         (given, {"interpolate_pos_encoding": True}),
@@ -153,7 +153,7 @@ def test_other_arguments(name):
 @pytest.mark.parametrize("name", HF_NAMES)
 @pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
 def test_sixteen_bits(name, mode):
-    """Both are as near to float64, and dtypes are the same."""
+    """In 16 bits, a patched model is as near to float64 as the original, and has outputs of the same dtypes."""
     model, patched = pair(name, torch.float32 if mode == "autocast" else torch.bfloat16)
     exact = copy.deepcopy(model).double()
     for padding in (None, "end"):

@@ -38,7 +38,7 @@ def test_outputs(name):
         assert "return_logits=True" in repr(copy.deepcopy(logits))
     whole = patched(**given, return_loss=True, return_logits=True)
     assert whole.logits_per_image.shape == (3, 3)
-    # the last block computes one row, and the others are not returned
+    # the last block computes one row, and hidden states are not returned
     got, expected = hf_models.flat(whole), hf_models.flat(theirs)
     torch.testing.assert_close(got, {key: expected[key] for key in got}, rtol=1e-10, atol=1e-10)
     by_place = {key: x for key, x in given.items() if key != "input_ids"}
@@ -46,13 +46,13 @@ def test_outputs(name):
     torch.testing.assert_close(got, {key: expected[key] for key in got}, rtol=1e-10, atol=1e-10)
     tuples = [each(**given, return_loss=True, return_dict=False)[:5] for each in (patched, model)]
     assert_equal(*tuples)
-    # An argument that transformers does not know is still accepted.
+    # transformers' models ignore unknown arguments, also after another model was patched
     model(**given, return_loss=True, return_logits=True)
     assert_equal(*(each.eval()(**given, return_loss=True) for each in (patched, model)))
     assert patched.train()(**given).loss is None
 
 
-CASES = {"clip": (5, 2), "siglip": (3, 3)}  # the pairs of two ranks
+CASES = {"clip": (5, 2), "siglip": (3, 3)}  # the numbers of pairs on two ranks
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def steps_of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Return a patched model's loss on a rank, and its gradients after DistributedDataParallel's mean, by case."""
+    """Return a patched model's losses on a rank, and its gradients averaged by DistributedDataParallel, by model."""
     found = {}
     for name, sizes in CASES.items():
         model = patch(made(name))
@@ -69,13 +69,13 @@ def steps_of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
         given = {key: x[rank * sizes[0] :][: sizes[rank]] for key, x in given.items()}
         wrapped = DistributedDataParallel(model)
         losses = []
-        for _ in range(2):  # the second call fails if a parameter had no gradient in the first
+        for _ in range(2):  # DDP fails in the second step if a parameter had no gradient in the first
             model.zero_grad()
             loss = wrapped(**given, return_loss=True).loss
             loss.backward()
             losses.append(loss.detach())
         found[name] = {"losses": torch.stack(losses), **gradients_of(model)}
-        if rank == 0:  # one rank may evaluate alone
+        if rank == 0:  # in evaluation, no rank waits for others
             model.eval()(**given, return_loss=True)
     with pytest.raises(ValueError, match=r"equally many pairs from every rank, got \[2, 3\]"):
         wrapped.train()(**{key: x[: 2 + rank] for key, x in given.items()}, return_loss=True)
@@ -83,7 +83,7 @@ def steps_of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_two_ranks_have_the_loss_of_the_whole_batch(tmp_path):
-    """SigLIP's is refused if ranks have different numbers of pairs."""
+    """On two ranks, each rank has the loss of all pairs; SigLIP needs equally many pairs on all ranks."""
     found = run_ranks(steps_of_rank, 2, folder=tmp_path, timeout=180.0)
     for name, sizes in CASES.items():
         model = hf_models.make(name).double()
@@ -102,7 +102,7 @@ STEPS, BATCH = 6, 4
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Random pairs."""
+    """A data set of random pairs for transformers' Trainer."""
 
     def __init__(self, model: torch.nn.Module, number: int) -> None:
         self.given = hf_models.inputs(model, "end", batch=number)
@@ -115,7 +115,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[str, torch.Tensor]:
-    """The weights after training by transformers' Trainer, the losses that it logged, and logits that it predicted."""
+    """Train by transformers' Trainer on a rank; return the weights, the logged losses, and predicted logits."""
     from transformers import Trainer, TrainingArguments
 
     os.environ.update(
@@ -170,7 +170,7 @@ def test_the_trainer_on_two_ranks_equals_one_with_the_negatives_of_both(tmp_path
         expected = torch.cat([model.eval()(**batch).logits_per_image for batch in batches])
     for run in runs:
         torch.testing.assert_close(run.pop("losses").double(), torch.tensor(losses).double(), rtol=0, atol=1e-4)
-        # In evaluation, the logits are those of the rank's batch, as without clipfast.
+        # In evaluation, a patched model's logits are of the rank's batch, as those of the original.
         torch.testing.assert_close(run.pop("logits"), expected, rtol=1e-6, atol=1e-6)
         assert run.keys() == model.state_dict().keys()
         for key, x in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""What a model of transformers keeps when it is patched, and what it gets back."""
+"""Patched models of transformers: settings, hooks and subclasses that they keep, and how they are reverted."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_gradient_checkpointing(name, reentrant):
     model, patched = pair(name)
     for each in (model, patched):
         each.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if reentrant:  # without an input that requires gradients, nothing flows back from a tower
+        if reentrant:  # reentrant checkpointing needs an input that requires gradients
             each.enable_input_require_grads()
     assert_equal(model, patched)
     for each in (model, patched):
@@ -89,7 +89,7 @@ def test_layers_may_be_replaced_later():
         block.mlp = nn.Linear(64, 64).double()
         each.text_model.embeddings.token_embedding.padding_idx = 0
     given = hf_models.inputs(model)
-    given["input_ids"][:, 0] = 0  # the row of padding_idx gets no gradient
+    given["input_ids"][:, 0] = 0  # the token of padding_idx, whose embedding must get no gradient
     assert_equal(model, patched, given=given)
     assert re.search(r"(?m)^text_model\.embeddings .* as before: its tables", clipfast.report_kernels(patched))
 
@@ -97,7 +97,7 @@ def test_layers_may_be_replaced_later():
 def test_models_in_models_and_models_of_other_families():
     class Own(transformers.CLIPModel):
         def forward(self, *args, **options):
-            """Run a model of transformers that contains another model, to which the ops are applied."""
+            """Run a subclass of transformers' CLIPModel, which clipfast does not patch."""
             return super().forward(*args, **options)
 
     own = clipfast.apply_to_hf(Own(hf_models.make("clip").config))

@@ -1,4 +1,4 @@
-"""What OpenCLIP has after 3.3.0: its new towers, and its own attention class everywhere. Skipped where it is older."""
+"""Adopted models of OpenCLIP after 3.3.0: new towers, and its own attention class. Older versions skip these tests."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from clipfast.adopt import open_clip, parts
 from . import shrunk
 from .pairs import assert_equal
 
-KINDS = {  # a configuration, and what its report says: the place, its part, and what it runs on
+KINDS = {  # a configuration of OpenCLIP, and a line of its report: place, part, and op
     "coca_ViT-B-32": r"text_decoder\.cross_attn\.\*\.attn +\d+ +attention +clipfast\.attention_qkv",
     "moderntext-ViT-B-32-256": r"text\.blocks\.\*\.attn +\d+ +attention +clipfast\.attention_qkv",
     "moderntext-naflex_ViT-B-32": r"text\.blocks\.\*\.attn +\d+ +attention +as before: its mask hides padding",
@@ -26,7 +26,7 @@ KINDS = {  # a configuration, and what its report says: the place, its part, and
 
 @pytest.fixture
 def heads_attention(monkeypatch):
-    """Count the calls of our attention from OpenCLIP's own classes."""
+    """Return a mock that counts the calls of clipfast's attention from OpenCLIP's own attention class."""
     wrapped = mock.Mock(wraps=open_clip.heads_attention)
     monkeypatch.setattr(open_clip, "heads_attention", wrapped)
     return wrapped
@@ -59,23 +59,23 @@ def test_a_context(context_width, heads_attention):
     for v_x in (one, other):
         torch.testing.assert_close(patched(x, k_x=one, v_x=v_x), attn(x, k_x=one, v_x=v_x), rtol=0, atol=1e-12)
     torch.testing.assert_close(patched(x, one, one), attn(x, one, one), rtol=0, atol=1e-12)
-    assert heads_attention.call_count == 1  # only the last call has keys and values of one context, so ours runs once
+    assert heads_attention.call_count == 1  # only the last call has keys and values of one context
 
 
 def later_text_tower():
-    """A text tower that takes a mask of padding, as from OpenCLIP 4 on; it shows that it has seen one."""
+    """Make a text tower with a mask of padding, as OpenCLIP has from version 4 on; the mask scales the tokens."""
     from open_clip.transformer import TextTransformer
 
     class Later(TextTransformer):
         __module__, __qualname__ = "open_clip.transformer", "TextTransformer"
 
         def _embeds(self, text, attention_mask=None):
-            """Return the tokens that a patched text tower of a later OpenCLIP embeds, with the mask of its padding."""
+            """Return a text tower's embedded tokens, scaled by the padding mask, and the causal mask."""
             x, mask = super()._embeds(text)
             return x if attention_mask is None else x * attention_mask[..., None], mask
 
         def forward(self, text, attention_mask=None):
-            """Compute the text features of a patched tower of a later OpenCLIP."""
+            """Compute the text features of a tower of a later OpenCLIP."""
             x, mask = self._embeds(text, attention_mask=attention_mask)
             x = self.ln_final(self.transformer(x, attn_mask=mask))
             return x[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
@@ -84,7 +84,7 @@ def later_text_tower():
 
 
 def later_decoder():
-    """MaMMUT's decoder of OpenCLIP 4: captions are causal and see an image, texts alone hide their padding."""
+    """Make MaMMUT's decoder as in OpenCLIP 4: causal captions with an image, or texts alone whose padding is masked."""
     from open_clip.transformer import ResidualAttentionBlock
 
     class Later(nn.Module):
@@ -99,7 +99,7 @@ def later_decoder():
             self.register_buffer("attn_mask", torch.full((9, 9), float("-inf")).triu(1), persistent=False)
 
         def forward(self, text, attention_mask=None, image_embs=None):
-            """Decode captions as a patched decoder of a later OpenCLIP does."""
+            """Decode captions or texts as a decoder of a later OpenCLIP does."""
             x, length = self.token_embedding(text), text.shape[1]
             mask = self.attn_mask[:length, :length]
             if image_embs is None:

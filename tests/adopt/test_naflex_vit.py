@@ -1,4 +1,4 @@
-"""timm's NaFlexVit that packs images computes the features and gradients of padded images."""
+"""A patched NaFlexVit of timm, which packs images, has the features and gradients of timm's with padded images."""
 
 import copy
 
@@ -33,7 +33,7 @@ def made(kind="gap", **changes):
 
 
 def pair(kind="gap", **options):
-    """Return a small NaFlexVit of timm, and a copy of it that was patched to run on our ops."""
+    """Return a small NaFlexVit of timm, and a copy of it that was patched to run on clipfast's ops."""
     tower = made(kind)
     return tower, clipfast.apply_to_timm(copy.deepcopy(tower), **options)
 
@@ -57,11 +57,11 @@ def results(tower, batch):
 
 @pytest.fixture
 def packed(monkeypatch):
-    """Return a list that gets, for each packed batch, whether our op embedded it."""
+    """Return a list that records, for each batch that may be packed, whether clipfast's op embeds it."""
     seen, find = [], adopted._images
 
     def images(tower, batch):
-        """Note whether our op embeds the batch."""
+        """Return a batch as packed images or None, and record whether clipfast's op embeds it."""
         found = find(tower, batch)
         seen.append(found is not None)
         return found
@@ -72,7 +72,7 @@ def packed(monkeypatch):
 
 @pytest.fixture
 def in_double(monkeypatch):
-    """Let timm resize positions in float64, where it would round them to float32."""
+    """Let timm resize position embeddings in float64; by itself, it would round them to float32."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
@@ -99,7 +99,7 @@ def test_layers_of_timm_embed_to_the_bit(kind, packed):
 def test_packing_changes_nothing_in_any_way(how, packed, in_double, monkeypatch):
     tower, patched = pair("registers" if how == "rounded" else "gap", norms=how != "no norms")
     patch = 6 if how == "other patches" else PATCH
-    if how == "rounded":  # as on a GPU
+    if how == "rounded":  # round up the numbers of patches, as on a GPU
         monkeypatch.setattr(adopted, "unpad_images", lambda batch, for_gpu: unpad_images(batch, for_gpu=True))
     for batch in batches(3, patch):
         if how == "checkpointing":
@@ -115,7 +115,7 @@ def test_packing_changes_nothing_in_any_way(how, packed, in_double, monkeypatch)
     assert packed == 3 * [how != "no grids"]
 
 
-# Changes to a tower by something that would see packed images, or that could not compute them.
+# Changes to a tower that forbid packing: hooks would see packed images, or a layer could not compute them.
 WATCHERS = {
     "a hook": (lambda tower: tower.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None), "has a hook"),
     "a hook on the norm": (lambda tower: tower.fc_norm.register_forward_hook(lambda *_: None), ""),
@@ -167,7 +167,7 @@ def test_patches_that_our_op_would_embed_otherwise_are_left_to_timm(how, packed)
 
 def test_the_embedding_of_an_older_timm_is_known(packed, in_double):
     tower, patched = pair()
-    for name in ("channels_last", "pos_embed_antialias", "pos_embed_align_corners"):  # until 1.0.24 at least
+    for name in ("channels_last", "pos_embed_antialias", "pos_embed_align_corners"):  # timm 1.0.24 lacks them
         patched.embeds.__dict__.pop(name, None)
     (batch,) = batches(1)
     torch.testing.assert_close(patched(batch), tower(batch), rtol=0, atol=1e-12)
@@ -185,7 +185,7 @@ def test_other_towers_say_why(changes, reason, packed):
     patched(batch)
     assert packed == []
     assert reason in lines(patched, "pack_image")[0]
-    if reason.startswith("it drops"):  # in training only
+    if reason.startswith("it drops"):  # a tower drops patches or branches in training only
         clipfast.apply_to_timm(patched.eval())(batch)
         patched.train()(batch)
         assert packed == [True]

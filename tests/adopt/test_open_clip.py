@@ -1,4 +1,4 @@
-"""OpenCLIP's models, patched and unpatched, compute the same."""
+"""OpenCLIP's models compute the same when they are patched as before."""
 
 import copy
 import inspect
@@ -24,7 +24,7 @@ KINDS = [
 
 
 def compare(model: torch.nn.Module, limit: float) -> str:
-    """Compare a patched copy with the original, and return the report on it."""
+    """Compare a patched copy of an OpenCLIP model with the original, and return the copy's report of kernels."""
     patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
     assert list(model.state_dict()) == list(patched.state_dict())
     assert_equal(model, patched, limit)
@@ -54,7 +54,7 @@ def test_what_a_cpu_runs(mode, as_on_a_cpu):
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             outputs = model(images.to(model.visual.conv1.weight.dtype), texts)
         sum(x.float().sum() for x in outputs).backward()
-    # Attention is of packed texts.
+    # The op "attention" is called for packed texts.
     ways = [f"{op}_{way}" for op in ("attention", "attention_pool", "patch_embed") for way in ("fwd", "bwd")]
     faster = {f"clipfast.{way}.default" for way in ways}
     names = {name for name in ops.counts if name.startswith("clipfast.")}
@@ -106,7 +106,7 @@ def test_masks():
 
     x = torch.randn(2, 77, 48, dtype=torch.float64)
     other = torch.zeros(77, 77, dtype=torch.float64).masked_fill(torch.rand(77, 77) < 0.3, float("-inf"))
-    for mask in (None, other, model.attn_mask):  # none of them is the mask that the patched model holds
+    for mask in (None, other, model.attn_mask):  # the patched model holds a causal mask of its own
         check(lambda each, mask=mask: each.transformer(x, mask))
     texts = shrunk.inputs(model)[1]
     for change in (lambda each: setattr(each, "attn_mask", other), lambda each: each.attn_mask.mul_(1).fill_(0)):
@@ -127,7 +127,7 @@ def test_a_later_version_with_another_argument(monkeypatch):
     theirs = kind.forward
 
     def forward(self, x, *args, factor=1.0, **options):
-        """Compute attention of a later OpenCLIP, which has an argument that ours lacks."""
+        """Compute attention as a later OpenCLIP might, with an argument that clipfast does not know."""
         return factor * theirs(self, x, *args, **options)
 
     parameters = list(inspect.signature(theirs).parameters.values())
@@ -147,7 +147,7 @@ def test_a_decoders_slices_of_its_mask_are_causal():
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode(), mock.patch.object(kind, "forward", autospec=True, side_effect=kind.forward) as theirs:
             model(*args)
-        # the unimodal text tower, whose mask hides padding too, runs as before
+        # Only the unimodal text tower may call PyTorch's attention, since its mask hides padding, too.
         assert {call.args[0] for call in theirs.call_args_list} <= {
             block.attn for block in model.text.transformer.resblocks
         }
@@ -157,4 +157,4 @@ def test_a_decoders_slices_of_its_mask_are_causal():
 def test_every_configuration():
     library = table.LIBRARIES[0]
     for name in library.names():
-        table.measure(library, name)  # an error beyond its limit, in either dtype, is a ValueError
+        table.measure(library, name)  # raises ValueError if a model's error exceeds its limit

@@ -11,8 +11,8 @@ from . import hf_models, shrunk
 from .pairs import TRAINING, assert_equal_results, call, error, lines, made, pair, patch
 from .test_towers import configured
 
-LENGTH, END = 77, shrunk.VOCABULARY - 2  # an id above the end is in the vocabulary
-# The places of the end-of-text token in the texts of a batch.
+LENGTH, END = 77, shrunk.VOCABULARY - 2  # the vocabulary has one id above END, that of end-of-text
+# The position of the end-of-text token in each text of a batch.
 MIXES = {
     "random": torch.randint(0, LENGTH, (9,), generator=torch.Generator().manual_seed(3)).tolist(),
     "equal": [17] * 4,
@@ -23,7 +23,7 @@ MIXES = {
 
 
 def texts_of(ends, above=0):
-    """Return token ids whose end-of-text tokens are at ``ends``, which are the greatest, or have ``above`` them."""
+    """Return token ids with the end-of-text token at ``ends``; at ``above`` may be a greater id than end-of-text's."""
     texts = torch.randint(1, END, (len(ends), LENGTH), generator=torch.Generator().manual_seed(1))
     texts[torch.arange(len(ends)), ends] = END
     if above:
@@ -32,9 +32,9 @@ def texts_of(ends, above=0):
 
 
 def of_texts(model, texts):
-    """Return the features of texts, and the gradients of a sum of them, by name."""
+    """Return the features of texts, and the gradients of a weighted sum of the features, by name."""
     model.zero_grad()
-    torch.manual_seed(1)  # so that both models drop the same elements
+    torch.manual_seed(1)  # so that dropout is equal in both models
     features = model.encode_text(texts)
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (features * weights.to(features.dtype)).sum().backward()
@@ -57,7 +57,7 @@ def test_packing_changes_nothing(kind, pool_type, packed):
 def test_packing_changes_nothing_in_any_way_to_compute_a_block(how, packed, monkeypatch):
     model, patched = pair("ViT-B-32")
     texts = texts_of(MIXES["random"])
-    if how == "rounded":  # as on a GPU
+    if how == "rounded":  # round up the number of tokens, as on a GPU
         pack = packed_text._packed
         monkeypatch.setattr(packed_text, "_packed", lambda texts, lengths, _: pack(texts, lengths, True))
     elif how == "LoRA":
@@ -89,13 +89,13 @@ def test_micro_batches_have_the_gradients_of_the_padded_batch(packed):
 
 
 def drop(model):
-    """Let the attention of a block drop weights, in OpenCLIP 3.3.0 and in main."""
+    """Give the attention of a block dropout, in OpenCLIP 3.3.0 and in later versions."""
     attn = model.transformer.resblocks[0].attn
     attn.dropout = 0.5
     getattr(attn, "attn_drop", nn.Dropout()).p = 0.5
 
 
-# Changes to a text tower by something that would see packed texts, or could not compute them.
+# Changes to a text tower that forbid packing: hooks would see packed texts, or a layer could not compute them.
 WATCHERS = {
     "a hook": lambda model: model.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda *_: None),
     "a hook on the stack": lambda model: model.transformer.register_forward_pre_hook(lambda *_: None),
@@ -170,7 +170,7 @@ def test_the_report_says_why_texts_are_not_packed(name, reason, packed):
 def test_transformers(name, padding, packed):
     model, patched = pair(name)
     given = hf_models.inputs(model, padding, batch=5)
-    # This id is above that of the end, and only the early configurations read its token.
+    # This id is greater than end-of-text's. transformers pools at the greatest id only if eos_token_id is 2.
     given["input_ids"][2, 1] = hf_models.END + 1
     for checkpointing in (False, True):
         for each in (model, patched) if checkpointing else ():
@@ -178,7 +178,7 @@ def test_transformers(name, padding, packed):
         ours, theirs = (hf_models.results(each, given, **TRAINING) for each in (patched, model))
         assert error(ours, theirs) <= 1e-12
     assert packed == ([True, True] if padding in (None, "nowhere", "end") else [])
-    assert_equal_results(model.eval(), patched.eval(), given=given)  # all rows, and all logits
+    assert_equal_results(model.eval(), patched.eval(), given=given)  # in evaluation, no block computes one row only
     assert len(packed) <= 2
 
 

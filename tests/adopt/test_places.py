@@ -1,4 +1,4 @@
-"""What a model keeps when it is patched, and what it gets back."""
+"""Patched models: objects, hooks and settings that they keep, and how they are reverted, compiled and freed."""
 
 import copy
 import gc
@@ -96,11 +96,11 @@ def test_a_copied_part_keeps_the_owner_of_its_mask():
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "clip"])
 def test_hooks_fire_as_before(name):
     def calls(model: nn.Module, **options: bool) -> list[tuple[str, str]]:
-        """Return which hooks of an adopted model fire, and in which order."""
+        """Return the hooks of an adopted model that fire, in their order."""
         seen, handles = [], []
         for path, module in model.named_modules():
             for kind in ("forward", "forward_pre", "full_backward"):
-                if path and not path.endswith("head.attention.out_proj"):  # PyTorch's own attention never calls it
+                if path and not path.endswith("head.attention.out_proj"):  # MultiheadAttention never calls it
                     hook = getattr(module, f"register_{kind}_hook")
                     handles.append(hook(lambda *_, entry=(path, kind): seen.append(entry)))
         results(model, **options)
@@ -111,7 +111,7 @@ def test_hooks_fire_as_before(name):
     model, patched = pair(name)
     for options in ({}, TRAINING):
         ours, theirs = calls(patched, **options), calls(model, **options)
-        assert sorted(ours) == sorted(theirs)  # backward hooks of branches may fire in another order
+        assert sorted(ours) == sorted(theirs)  # the order of backward hooks in parallel branches may differ
         assert [entry for entry in ours if entry[1] == "forward"] == [one for one in theirs if one[1] == "forward"]
 
 
@@ -142,7 +142,7 @@ def test_a_hook_may_change_what_it_sees(where):
 def test_a_hook_in_attention_pooling_is_respected(projection):
     model, patched = pair("RN50")
     assert re.search(r"attnpool .* clipfast\.attention_pool", clipfast.report_kernels(patched))
-    for each in (model, patched):  # OpenCLIP 3.3.0 itself never calls these layers, and later versions do
+    for each in (model, patched):  # OpenCLIP 3.3.0 reads these layers' weights, later versions call them
         each.visual.attnpool.get_submodule(projection).register_forward_hook(lambda module, args, output: 2 * output)
     assert_equal(patched, model)
     assert re.search(r"attnpool .* as before: .* hook", clipfast.report_kernels(patched))
@@ -180,7 +180,7 @@ def test_compiled_as_one_graph():
     (graph,) = graphs
     called = " ".join(str(node.target) for node in graph.graph.nodes)
     assert [called.count(f"{op}_fwd") for op in ("attention_pool", "patch_embed", "text_embed")] == [2, 1, 1]
-    assert "multi_head_attention" not in called  # so that the mask of texts is known to be causal
+    assert "multi_head_attention" not in called  # the mask of texts was known to be causal
     assert "scaled_dot_product" not in called
 
 
@@ -205,7 +205,7 @@ def test_nothing_is_left_alone_in_silence(name):
     for path, module in model.named_modules():
         is_leaf = next(module.children(), None) is None
         if (is_leaf or is_hf(model)) and kinds.fullmatch(type(module).__name__):
-            # The report names the MLP in place of its activation, and the head in place of its attention.
+            # The report may name the MLP for its activation, and the head for its attention.
             mentioned = [path, path.rpartition(".")[0]]
             assert any(place.fullmatch(each) for place in places for each in mentioned), path
 
@@ -248,7 +248,7 @@ def test_what_others_replaced_is_theirs():
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "clip", "vit_base_patch16_siglip_224"])
 def test_a_patched_model_is_freed_without_the_garbage_collector(name):
-    made(name)  # imports the model's library
+    made(name)  # imports the model's library before memory is watched
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""timm's vision transformers, patched and unpatched, compute the same."""
+"""timm's vision transformers compute the same when they are patched as before."""
 
 import copy
 
@@ -58,6 +58,6 @@ def test_a_hook_on_a_projection_with_biases_of_its_own(separate):
     patched = clipfast.apply_to_timm(copy.deepcopy(attn))
     x = torch.randn(2, 5, 48, dtype=torch.float64)
     torch.testing.assert_close(patched(x), attn(x), rtol=0, atol=1e-12)
-    for each in (attn, patched):  # timm calls this layer only if its biases are separate
+    for each in (attn, patched):  # without separate biases, timm only reads the weight of qkv
         each.qkv.register_forward_hook(lambda module, args, output: 2 * output)
     torch.testing.assert_close(patched(x), attn(x), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Embeddings, and last blocks that compute one row only."""
+"""Patched towers: embeddings of patches and texts, and last blocks that compute only the row that is pooled."""
 
 import copy
 import re
@@ -28,14 +28,14 @@ def test_patch_dropout_draws_the_same_patches(prob):
     model, patched = configured("vision_cfg", patch_dropout=prob)
     assert_equal(model, patched)
     assert_equal(model.eval(), patched.eval())
-    # a hook on the dropout must see all patches
+    # a hook on patch_dropout must see all patches, so that the model drops them after their embedding
     for each in (model, patched):
         each.train().visual.patch_dropout.register_forward_hook(lambda module, args, output: 2 * output)
     assert_equal(model, patched)
 
 
 def configured(part, kind="CLIP", **changes):
-    """Make an OpenCLIP model with changes to a part of its configuration, and a patched copy."""
+    """Make an OpenCLIP model with ``changes`` in the section ``part`` of its configuration, and a patched copy."""
     import open_clip
 
     config = shrunk.shrink(open_clip.get_model_config("ViT-B-32"))
@@ -47,7 +47,7 @@ def configured(part, kind="CLIP", **changes):
 def test_bytes_are_normalised():
     model, patched = pair("ViT-B-32")
     images = torch.randint(0, 256, shrunk.inputs(model)[0].shape, dtype=torch.uint8)
-    with pytest.raises(RuntimeError):  # OpenCLIP's own error: neither model knows the mean of the pixels
+    with pytest.raises(RuntimeError):  # OpenCLIP's error: the model knows no mean of pixels
         patched.encode_image(images)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     patched.visual.image_mean, patched.visual.image_std = mean, std

@@ -28,7 +28,7 @@ PICTURE = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
 
 
 def make_model(config: CLIPConfig) -> CLIP:
-    """Return a model for checkpoints, in evaluation mode; its biases, norms and statistics are unlike a new model's."""
+    """Return a model to write as checkpoints, in evaluation mode; its biases, norms and statistics are random, too."""
     model = CLIP(config).eval()
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.ndim < 2:
@@ -80,7 +80,7 @@ def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def inputs_of(config: CLIPConfig) -> tuple[torch.Tensor, ...]:
-    """Return inputs for a model of this configuration, the same in each call, to compare it with a checkpoint's."""
+    """Return inputs, equal in each call, for a model of this configuration and the model of its checkpoint."""
     torch.manual_seed(1)
     return (siglip.inputs if isinstance(config, SigLIPConfig) else inputs)(config)
 
@@ -99,7 +99,7 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module, config: CLIPConfig
 
 @torch.no_grad()
 def hugging_face_features(folder: Path | str, config: CLIPConfig) -> tuple[torch.Tensor, ...]:
-    """Return the outputs of transformers' model of a converted checkpoint."""
+    """Return the outputs of transformers' model that is loaded from a converted checkpoint."""
     transformers, is_siglip = pytest.importorskip("transformers"), isinstance(config, SigLIPConfig)
     model = (transformers.SiglipModel if is_siglip else transformers.CLIPModel).from_pretrained(folder).eval()
     images, texts = inputs_of(config)
@@ -128,13 +128,13 @@ def vit() -> CLIP:
 
 @pytest.fixture
 def own(vit, tmp_path) -> Path:
-    """The ViT as a clipfast checkpoint, own.pt."""
+    """Write the ViT as a clipfast checkpoint, own.pt, and return its path."""
     return save_own(vit, tmp_path / "own.pt")
 
 
 @pytest.fixture
 def hf_folder(own, tmp_path) -> Path:
-    """The ViT as a checkpoint of transformers, the folder hf."""
+    """Write the ViT as a checkpoint of transformers, the folder hf, and return its path."""
     convert_checkpoint(own, tmp_path / "hf", "hf")
     return tmp_path / "hf"
 

@@ -1,4 +1,4 @@
-"""Checkpoints: always whole on disk, read without running a pickle, and refused with a reason if they do not fit."""
+"""Checkpoints: never half-written, read without running pickles, and refused with a reason if they do not fit."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from ..small_runs import run_command
 
 @pytest.fixture
 def model():
-    """Return the model whose weights the checkpoints hold."""
+    """Return a new model, into which tests load checkpoints."""
     return create_model("ViT-T-8-32")
 
 
@@ -109,7 +109,7 @@ def test_bare_weights_do_not_say_their_model(model, tmp_path):
 
 
 def written(path, shift, *, own=True, parts=False):
-    """A checkpoint of a run, whose scale is ``shift`` more than at first, and its weights."""
+    """Write a checkpoint of a run, and return its model, whose logit_scale is ``shift`` above the initial one."""
     model = create_model("ViT-T-8-32-quickgelu")
     with torch.no_grad():
         model.logit_scale += shift
@@ -122,12 +122,12 @@ def written(path, shift, *, own=True, parts=False):
 
 
 def unfinished(folder):
-    """Write a checkpoint of a run that has not ended, and return its model."""
+    """Write a run that has not ended, with one checkpoint, and return the model of the checkpoint."""
     return written(folder / "checkpoints" / "step_3.pt", 0.1)
 
 
 def in_parts(folder):
-    """Write checkpoints of a run, the newest one in parts, and return the model of the newest."""
+    """Write checkpoints of a run, the newest one sharded (in parts), and return the model of the newest."""
     written(folder / "checkpoints" / "step_2.pt", 0.2)
     return written(folder / "checkpoints" / "step_3", 0.1, parts=True)
 
@@ -147,7 +147,7 @@ def of_open_clip(folder):
 
 
 def finished(folder, steps=3):
-    """Write the folder of a run that has ended: a checkpoint and the exported model, which is returned."""
+    """Write the folder of a run that has ended, with a checkpoint and an exported model; return the exported model."""
     unfinished(folder)
     (folder / "results.json").write_text(json.dumps({"steps": steps}))
     model = create_model("ViT-T-8-32-quickgelu")
@@ -156,7 +156,7 @@ def finished(folder, steps=3):
 
 
 def gone_on(folder):
-    """Write a run that went on after its end, and return the model of its newest checkpoint."""
+    """Write a run that was resumed after its end, and return the model of its newest checkpoint."""
     finished(folder, steps=2)
     return unfinished(folder)
 
@@ -192,7 +192,7 @@ def test_a_run_without_a_checkpoint_is_named_as_such(tmp_path):
 
 
 def test_equal_exports_are_equal_bytes(tmp_path):
-    """The library that writes the file puts its notes in another order each time."""
+    """Equal exports to safetensors have equal bytes, although the library safetensors orders its metadata at random."""
     from safetensors import safe_open
 
     weights, notes = {"b": torch.zeros(3), "a": torch.ones(2)}, {"é": "\n", "y": '"/', "x": ""}

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 def train_state(model: CLIP) -> dict[str, object]:
-    """The training checkpoint after one step, as OpenCLIP's and PyTorch's examples save it."""
+    """Return a training checkpoint after one step, as OpenCLIP's and PyTorch's examples save it."""
     optimizer = torch.optim.AdamW(model.parameters())
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
@@ -47,7 +47,7 @@ def test_one_process(wrapped, tmp_path):
 
 
 def check_converted(folder, config, expected):
-    """Convert the folder's "dcp" to a clipfast checkpoint of the expected weights."""
+    """Convert the distributed checkpoint "dcp" to a clipfast checkpoint, and check its weights and image size."""
     name = save_config(config, folder / "small.json")
     info = convert_checkpoint(folder / "dcp", folder / "out.pt", "clipfast", model=str(name))
     assert info.image_size == config.vision.image_size
@@ -74,7 +74,7 @@ def save_sharded(rank: int, folder: Path) -> None:
     """Save the checkpoint of a model that FSDP2 has cut into shards, and its optimizer."""
     torch.manual_seed(0)
     model = make_model(CONFIGS["QuickGELU"])
-    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach()[None])  # FSDP2 takes no scalars
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach()[None])  # FSDP2 cannot shard scalars
     mesh = init_device_mesh("cpu", (2,))
     for block in model.transformer.resblocks:
         fully_shard(block, mesh=mesh)
@@ -104,11 +104,11 @@ def folder(tmp_path) -> Path:
 
 @contextlib.contextmanager
 def listed(folder: Path, shard: object = None):
-    """Let a test change the list of a folder, and what it says of the shard and the size of a projection.
+    """Let a test change the index (.metadata) of a distributed checkpoint, and the index's entry for a projection.
 
     Args:
-        folder: of the checkpoint.
-        shard: is saved in a file of its own, which the list names in place of the projection's.
+        folder: the folder of the checkpoint.
+        shard: an object to save in a file of its own, which the index then names as the projection's shard.
     """
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     place = next(place for index, place in metadata.storage_data.items() if index.fqn == "model.visual.proj")
@@ -178,12 +178,12 @@ def another_size(folder, *size, message=r"a shard is \(64, 24\) of torch.float32
 
 
 def a_size_that_fits_no_machine(folder):
-    """List a tensor of a distributed checkpoint that fits into no machine, and return the error that must follow."""
+    """Give a tensor in the index of a distributed checkpoint 10^18 elements, and return the error that must follow."""
     return another_size(folder, 10**9, 10**9, message="")
 
 
 def shards_that_overlap(folder):
-    """List two shards of a distributed checkpoint for the first half of a tensor, and none for the second."""
+    """Let two shards of a distributed checkpoint overlap in half of a tensor, and return the error that must follow."""
     with listed(folder, torch.zeros(32, 24)) as (_, _, entry):
         entry.chunks[0].sizes = torch.Size([32, 24])
         entry.chunks.append(entry.chunks[0])

@@ -1,4 +1,4 @@
-"""Models by the names of repositories and tags, from a cache of the hub that these tests fill. There is no network."""
+"""Models by the names of repositories and tags, from a Hugging Face cache that the tests fill, without a network."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ PREPARED = {"mean": [0.5, 0.25, 0.125], "std": [0.1, 0.2, 0.3], "interpolation":
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch) -> None:
-    """The hub's package, which knows that there is no network."""
+    """Tell the package huggingface_hub that there is no network."""
     pytest.importorskip("huggingface_hub")
     from huggingface_hub import constants
 
@@ -53,7 +53,7 @@ def offline(monkeypatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the Hugging Face hub; transformers and tokenizers have no other."""
+    """Return an empty folder, which is the Hugging Face cache of clipfast, transformers and tokenizers."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -61,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def fill(cache: Path, repository: str, folder: Path) -> None:
-    """Lay the files of ``folder`` out in the hub's cache as a download of ``repository`` would."""
+    """Copy the files of ``folder`` into the Hugging Face cache, as a download of ``repository`` would store them."""
     home = cache / f"models--{repository.replace('/', '--')}"
     snapshot = home / "snapshots" / COMMIT
     for part in (home / "blobs", home / "refs", snapshot):
@@ -75,7 +75,7 @@ def fill(cache: Path, repository: str, folder: Path) -> None:
 
 
 def open_clip_folder(folder: Path, kind: str, safe: bool | str = "both", **prepared: object) -> Path:
-    """A folder as OpenCLIP uploads it, by OpenCLIP's own code, of a model with random weights."""
+    """Write a model with random weights by OpenCLIP's own code, as OpenCLIP uploads it, and return its folder."""
     open_clip = pytest.importorskip("open_clip")
     from open_clip.push_to_hf_hub import save_for_hf
 
@@ -89,7 +89,7 @@ def open_clip_folder(folder: Path, kind: str, safe: bool | str = "both", **prepa
 
 
 def assert_prepares_as(preprocess, theirs):
-    """Check that the preprocessing of a model from the hub is another package's."""
+    """Check that clipfast's preprocessing of a model from the hub gives the same pixels as the other package's."""
     torch.testing.assert_close(preprocess(PICTURE), theirs(PICTURE), rtol=1e-6, atol=1e-6)
 
 
@@ -134,14 +134,14 @@ def test_a_repository_of_transformers(cache, tmp_path):
 
 
 def test_all_files_are_of_one_commit(cache, hf_folder, monkeypatch):
-    """A repository may change while its files are fetched."""
+    """All files of a checkpoint are downloaded from one commit, since a repository may change meanwhile."""
     import huggingface_hub
 
     fill(cache, "org/tiny", hf_folder)
     download, asked = huggingface_hub.hf_hub_download, []
 
     def note(repository, name, **options):
-        """Record of which commit a file of a checkpoint is downloaded."""
+        """Record the commit from which a file of a checkpoint is downloaded."""
         asked.append(options["revision"])
         return download(repository, name, **options)
 
@@ -149,12 +149,12 @@ def test_all_files_are_of_one_commit(cache, hf_folder, monkeypatch):
     create_model("hf-hub:org/tiny", cache_dir=cache)
     assert set(asked) == {None, COMMIT}
     first = asked.index(COMMIT)
-    assert set(asked[first : asked.index(None, first)]) == {COMMIT}  # from the configuration to the next configuration
+    assert set(asked[first : asked.index(None, first)]) == {COMMIT}  # all files after a config, up to the next config
 
 
 @pytest.fixture
 def tagged(cache, tmp_path, monkeypatch, open_clip_registry) -> str:
-    """A model with the tags "plain" and "quick" in both packages' tables, whose checkpoints are in the hub's cache."""
+    """Give a model the tags "plain" and "quick" in clipfast's and OpenCLIP's tables, and put both into the cache."""
     open_clip = pytest.importorskip("open_clip")
     path = save_config(CONFIGS["ViT"], tmp_path / "tiny-tagged.json")
     for package in (clipfast, open_clip):
@@ -176,7 +176,7 @@ def test_a_tag(tagged, cache):
     ours, _, preprocess = create_model_and_transforms(tagged, "plain", cache_dir=cache)
     theirs, _, their_preprocess = open_clip.create_model_and_transforms(tagged, "plain", cache_dir=str(cache))
     assert_same(ours, theirs, ours.config)
-    # images are prepared as the tag says, not as the repository does
+    # the tag's preprocessing takes precedence over the repository's
     assert ours.visual.preprocess_cfg | {"size": 32} == theirs.visual.preprocess_cfg | {"size": 32}
     assert ours.visual.image_mean == (0.5, 0.5, 0.5)
     assert_prepares_as(preprocess, their_preprocess)
@@ -190,7 +190,7 @@ def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, 
         ours = create_model(tagged, "quick")
     assert ours.config == quick(CONFIGS["ViT"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # there is nothing to warn of
+        warnings.simplefilter("error")  # the activation is the tag's, so there is no warning
         assert create_model(tagged, "quick", force_quick_gelu=True).config == ours.config
     assert_same(ours, open_clip.create_model(tagged, "quick", force_quick_gelu=True), ours.config)
     info = convert_checkpoint(f"{tagged}:quick", tmp_path / "out.pt", "clipfast")
@@ -226,7 +226,7 @@ def test_what_is_missing(name, pretrained, message, cache, tmp_path, vit, monkey
         (tmp_path / repository / "open_clip_config.json").write_text(json.dumps(described))
         fill(cache, f"org/{repository}", tmp_path / repository)
     if name == "hf-hub:org/bare":
-        create_model(name, load_weights=False)  # no weights are downloaded
+        create_model(name, load_weights=False)  # this needs no download of weights
     with pytest.raises(ValueError, match=message):
         create_model(name, pretrained)
 
@@ -238,7 +238,7 @@ def test_without_the_package(monkeypatch, cache):
 
 
 def test_every_tag_is_that_of_open_clip():
-    """For every model that clipfast builds: the same tags, repositories, activations and images."""
+    """For every model that clipfast builds, tags have the repositories, activations and preprocessing of OpenCLIP."""
     open_clip = pytest.importorskip("open_clip")
     built = set(clipfast.list_models()) & set(open_clip.list_models())
     assert len(built) > 40
@@ -262,7 +262,7 @@ def test_every_plain_model_of_open_clip_is_built():
     for name in open_clip.list_models():
         try:
             config = clipfast.models.CLIPConfig.from_dict(open_clip.get_model_config(name))
-        except ValueError:  # a tower that clipfast does not have
+        except ValueError:  # clipfast lacks this kind of tower
             continue
         assert clipfast.get_model_config(name) == config, name
         built += 1
@@ -280,7 +280,7 @@ def test_list_command(capsys):
 
 
 def answer(status: int) -> object:
-    """Return a response with the attributes that errors of the hub's package read."""
+    """Return a stand-in for an HTTP response, with the attributes that errors of huggingface_hub read."""
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
@@ -299,12 +299,12 @@ def test_what_the_hub_answers(monkeypatch):
 
 
 def test_no_other_file_is_downloaded_in_place_of_one_that_may_be_there(monkeypatch, tmp_path):
-    """After a time-out, config.json would make a repository of OpenCLIP one of transformers."""
+    """After a time-out for OpenCLIP's config, config.json is not tried: the repository would pass as transformers'."""
     import huggingface_hub
     from huggingface_hub import errors
 
     def download(repository, name, *, local_files_only=False, **options):
-        """Fail as a download of a checkpoint from the hub does, which may or may not have the file."""
+        """Stand in for a download from the hub: of a missing file, a cached file, or the first file, which fails."""
         if name == "missing" and not local_files_only:
             raise errors.RemoteEntryNotFoundError("no", response=answer(404))
         if local_files_only and name != "cached":

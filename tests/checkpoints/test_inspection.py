@@ -1,4 +1,4 @@
-"""What ``clipfast inspect-checkpoint`` says of a checkpoint."""
+"""``clipfast inspect-checkpoint``: the layout, model and numbers that it reports of a checkpoint."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ def test_training_checkpoint_of_open_clip():
 def test_shapes_name_every_published_model(tmp_path):
     from clipfast.checkpoints.tensor_shapes import config_of_weights, models_of_shapes
 
-    twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}  # both have equally many patches
+    twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}  # equally many patches, so equal shapes
     quick = {name for name in list_models() if f"{name}-quickgelu" in list_models()}
     for name in {*PUBLISHED, *quick}:
         expected = twins if name in twins else {name} | ({f"{name}-quickgelu"} if name in quick else set())
@@ -81,7 +81,7 @@ def test_shapes_name_every_published_model(tmp_path):
 
 
 def test_command(own, capsys, monkeypatch):
-    monkeypatch.setattr(CLIP, "__init__", None)  # no model is built
+    monkeypatch.setattr(CLIP, "__init__", None)  # fails if a model is built
     code, out, _ = run_command(capsys, "inspect-checkpoint", own, "--json", "info.json")
     assert code == 0
     info = json.loads(Path("info.json").read_text())
@@ -91,7 +91,7 @@ def test_command(own, capsys, monkeypatch):
 
 
 def test_a_folder_with_both_configurations(hf_folder, vit):
-    """The one counts whose weights are there, whoever reads the folder."""
+    """In a checkpoint folder with two configurations, the one counts whose weights are in the folder."""
     raw = {"model_cfg": CONFIGS["ResNet"].to_dict()}
     (hf_folder / "open_clip_config.json").write_text(json.dumps(raw))
     assert inspect_checkpoint(hf_folder).layout == "transformers folder (CLIPModel)"

@@ -1,4 +1,4 @@
-"""Weights come back with the same bits, and the converted model computes what its source's own code computes."""
+"""Conversions of checkpoints and back: weights keep their bits, and converted models compute equal features."""
 
 import contextlib
 import dataclasses
@@ -45,12 +45,12 @@ def test_clipfast_open_clip_clipfast(kind):
     torch.testing.assert_close(ours(PICTURE), preprocess(PICTURE), **TOLERANCE)
 
 
-# transformers has no ResNets, and no text tower of SigLIP without a projection
+# "bare" is left out, as transformers' SigLIP always has a projection of texts; transformers has no ResNets, either
 @pytest.mark.parametrize("kind", [*VITS, *(kind for kind in siglip.CONFIGS if kind != "bare")])
 def test_clipfast_hugging_face_clipfast(kind):
     model = made(kind)
     convert_checkpoint(save_own(model, "own.pt"), "hf", "hf")
-    assert not Path("hf/vocab.json").exists()  # this vocabulary is not that of clipfast's tokenizer
+    assert not Path("hf/vocab.json").exists()  # the model's vocabulary is smaller than that of clipfast's tokenizer
     convert_checkpoint("hf", "back.pt", "clipfast")
     back = create_model("back.pt")
     tokenizer = {"tokenizer": None, "clean": "canonicalize"} if isinstance(model.config, SigLIPConfig) else {}
@@ -66,7 +66,7 @@ def made(kind):
 
 
 def loaded_by_open_clip(folder, config, **options):
-    """OpenCLIP's own model of a converted checkpoint, and its preprocessing."""
+    """Load a converted checkpoint by OpenCLIP; return OpenCLIP's model and its preprocessing."""
     open_clip = pytest.importorskip("open_clip")
     with siglip.known_to_timm(config) if isinstance(config, SigLIPConfig) else contextlib.nullcontext():
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **options)
@@ -81,7 +81,7 @@ def loaded_by_open_clip(folder, config, **options):
     ],
 )
 def test_what_transformers_saves(family, activation, name):
-    """A folder from save_pretrained, in several files, to OpenCLIP and back to transformers."""
+    """A checkpoint of transformers, in several files by save_pretrained, is converted to OpenCLIP and back."""
     transformers = pytest.importorskip("transformers")
     tower = {"hidden_size": 32, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2,
              "hidden_act": activation}  # fmt: skip
@@ -122,14 +122,14 @@ def test_published_configurations_come_back(tmp_path):
         config = get_model_config(name)
         is_siglip = isinstance(config, SigLIPConfig)
         if isinstance(config.vision, NaFlexConfig):
-            continue  # transformers' layout of these is not written
+            continue  # clipfast writes no NaFlex model for transformers
         if config.text_proj if is_siglip else isinstance(config.vision.layers, int):
             raw = {"model_type": "siglip" if is_siglip else "clip", **to_settings(config)}
             assert from_settings(json.loads(json.dumps(raw)), tmp_path) == config, name
 
 
 def test_training_checkpoints_of_open_clip_and_bare_weights(vit, tmp_path):
-    """Prefixes of wrappers go, and bare weights are recognised by their shapes up to their activation."""
+    """Prefixes of DDP and torch.compile are removed; shapes of bare weights tell the model, but not the activation."""
     json_file = str(save_config(vit.config, "small.json"))
     for prefix in ("module.", "module._orig_mod.", "_orig_mod.module."):
         state = {prefix + name: value for name, value in vit.state_dict().items()}
@@ -160,12 +160,12 @@ def test_dtypes_are_kept(vit, tmp_path):
         convert_checkpoint("half.pt", tmp_path / name, to)
         convert_checkpoint(tmp_path / name, tmp_path / f"{to}-back.pt", "clipfast")
         assert same_bits(torch.load(tmp_path / f"{to}-back.pt")["state_dict"], state), to
-    # transformers loads all weights in one dtype: the one that rounds none of them
+    # transformers loads all weights in one dtype, so the config must name one that rounds none of them
     assert json.loads(Path("hf/config.json").read_text())["torch_dtype"] == "float32"
 
 
 def processor_of(folder):
-    """Return the preprocessing settings that a converted checkpoint has for transformers."""
+    """Return the preprocessing settings for transformers in the folder of a converted checkpoint."""
     return json.loads((folder / "preprocessor_config.json").read_text())
 
 
@@ -177,19 +177,19 @@ def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
     raw = json.loads((first / "open_clip_config.json").read_text())
     raw["preprocess_cfg"] |= {"interpolation": "bilinear", "resize_mode": mode}
     (first / "open_clip_config.json").write_text(json.dumps(raw))
-    # The folder has a tokenizer of its own, which is converted in place of clipfast's.
+    # If a folder has its own tokenizer, the conversion copies it, and not clipfast's.
     (first / "tokenizer.json").write_text("{}")
     convert_checkpoint(first, "own.pt", "clipfast")
     assert create_model("own.pt").visual.image_mean == (0.5, 0.25, 0.125)
     convert_checkpoint(first, hf, "hf")
-    # Transformers numbers the ways of resampling as Pillow does.
+    # transformers has Pillow's numbers for resampling filters
     assert processor_of(hf)["resample"] == Image.Resampling.BILINEAR
     convert_checkpoint(hf, second, "open_clip")
     assert json.loads((second / "open_clip_config.json").read_text()) == raw
     assert (second / "tokenizer.json").read_text() == "{}"
-    convert_checkpoint(first, "longer", "open_clip", context_length=20)  # a tokenizer for another length is left behind
+    convert_checkpoint(first, "longer", "open_clip", context_length=20)  # a tokenizer for another length is not copied
     assert not Path("longer/tokenizer.json").exists()
-    # Newer versions of transformers write another file.
+    # Newer versions of transformers write processor_config.json.
     (hf / "processor_config.json").write_text(json.dumps({"image_processor": processor_of(hf)}))
     (hf / "preprocessor_config.json").unlink()
     assert convert_checkpoint(hf, "third", "open_clip").resize_mode == mode
@@ -218,7 +218,7 @@ def test_transformers_prepares_images_and_texts_as_clipfast_does():
     assert torch.equal(ids.where(~padding, 0), ours)
     _, _, preprocess = clipfast.create_model_and_transforms("ViT-T-8-32")
     pixels = processor.image_processor(PICTURE, return_tensors="pt")["pixel_values"][0]
-    # Transformers' resampling rounds elsewhere.
+    # transformers rounds at another place in its resampling, so pixels differ a little
     torch.testing.assert_close(pixels, preprocess(PICTURE), rtol=0, atol=0.02)
 
 
@@ -245,7 +245,7 @@ def test_a_size_that_differs_from_a_named_model_is_kept_or_resized_on_request():
 
 
 def test_old_pickles_and_transformers_bin(vit, hf_folder):
-    """The weights of a transformers folder may be a .bin file, with buffers of old versions in it."""
+    """A transformers folder may have its weights in a .bin file, with buffers of old versions of transformers."""
     load_file = pytest.importorskip("safetensors.torch").load_file
     weights = hf_folder / "model.safetensors"
     state = load_file(weights) | {"text_model.embeddings.position_ids": torch.arange(16)[None]}

@@ -1,4 +1,4 @@
-"""SigLIP between clipfast, OpenCLIP and transformers: the same bits and features both ways, and wrong inputs."""
+"""Conversions of SigLIP between clipfast, OpenCLIP and transformers: equal bits and features, and wrong inputs."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from .conftest import make_model as make_clip
 
 
 def test_what_open_clip_trains():
-    """A training checkpoint of OpenCLIP with its prefixes, to clipfast by load_checkpoint and by convert, and back."""
+    """A SigLIP checkpoint of OpenCLIP's trainer can be loaded, and converted to clipfast and back."""
     config = CONFIGS["mixed"]
     theirs = open_clip_model(config)
     state = {f"module.{name}": value for name, value in theirs.state_dict().items()}
@@ -49,7 +49,7 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     model, first, hf, second = make_model(CONFIGS["mixed"]), *(tmp_path / name for name in ("first", "hf", "second"))
     model.visual.image_mean = (0.5, 0.25, 0.125)
     export_open_clip(model, first)
-    convert_checkpoint(first, "bare", "hf")  # without a tokenizer, a warning says so
+    convert_checkpoint(first, "bare", "hf")  # warns that there is no tokenizer
     assert f"bare has no tokenizer, because there is none beside {first}" in caplog.text
     save_tokenizer(first)
     convert_checkpoint(first, hf, "hf")
@@ -61,7 +61,7 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     theirs = transformers.AutoImageProcessor.from_pretrained(hf)
     preprocess = create_model_and_transforms(f"local-dir:{first}")[2]
     pixels = theirs(PICTURE, return_tensors="pt")["pixel_values"][0]
-    # Transformers' resampling rounds elsewhere.
+    # transformers rounds at another place in its resampling, so pixels differ a little
     torch.testing.assert_close(pixels, preprocess(PICTURE), rtol=0, atol=0.02)
 
 
@@ -94,7 +94,7 @@ def test_a_resnet_is_resized():
 
 @pytest.mark.parametrize("kind", ["ViT", "ResNet"])
 def test_custom_text_of_a_clip_model(kind):
-    """OpenCLIP with custom_text has the text tower of CLIP under other names."""
+    """OpenCLIP's custom_text models, whose text towers have other parameter names, load and convert as CLIP."""
     open_clip = pytest.importorskip("open_clip")
     model = make_clip(CLIP_CONFIGS[kind])
     theirs = open_clip.CustomTextCLIP(**model.config.to_dict()).eval()
@@ -114,7 +114,7 @@ def test_custom_text_of_a_clip_model(kind):
 
 
 def test_sizes_at_the_edges_belong_to_the_name():
-    """384 pixels have as many patches of 14 as 378: weights do not say which, and no position is resized."""
+    """Image sizes 378 and 384 have equally many patches of 14, so the named config decides, and positions are kept."""
     small = SigLIPConfig(64, VisionConfig(34, 1, 64, 32, 2.0, 8), TextConfig(12, 300, 48, 2, 1))
     model = make_model(small)
     torch.save(model.state_dict(), "w.pt")
@@ -124,7 +124,7 @@ def test_sizes_at_the_edges_belong_to_the_name():
 
 
 def test_the_activation_of_published_weights(tmp_path):
-    """Transformers computes GELU by tanh where OpenCLIP's tower of these sizes does not: nothing is guessed."""
+    """If transformers' SigLIP has tanh GELU where OpenCLIP's of equal sizes has not, --activation is asked for."""
     published = get_model_config("ViT-B-16-SigLIP")
     config = dataclasses.replace(published, image_gelu="tanh", text_gelu="tanh")
     found = from_settings({"model_type": "siglip", **to_settings(config)}, tmp_path)

@@ -61,7 +61,7 @@ def test_locking_and_precision(tmp_path):
 
 
 def test_a_tag_brings_its_tokenizer(cache, monkeypatch):
-    """The files of a tokenizer lie in the repository of the weights, and clipfast has none of its own for SigLIP."""
+    """A tag of SigLIP loads the tokenizer from the repository of the weights, since clipfast ships none for SigLIP."""
     config = CONFIGS["exact"]
     add_model_config(save_config(config, "tiny-siglip.json"))
     try:

@@ -1,4 +1,4 @@
-"""TorchScript archives as OpenAI published: read on trust only, since they are code."""
+"""TorchScript archives like OpenAI's checkpoints: read only if the user trusts them, since they are code."""
 
 import warnings
 import zipfile
@@ -17,7 +17,7 @@ CONFIG = CLIPConfig(24, VisionConfig(32, 2, 128, patch_size=8), TextConfig(16, 6
 
 
 class Published(nn.Module):
-    """Weights under CLIP's names, the numbers that OpenAI's archives hold too, and a forward that needs neither."""
+    """A module like those in OpenAI's archives: weights under CLIP's names, and a few numbers beside them."""
 
     def __init__(self, state):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Wrong input is refused with a message that says what to do, and leaves nothing behind."""
+"""Wrong checkpoints and options are refused by a message that says what to do, and no file is left behind."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from .conftest import CONFIGS, Payload, make_model, quick, save_config, save_own
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with checkpoints of each kind of model, and one that a model known by its name has the shapes of."""
+    """Write checkpoints of each kind of model, and named.pt, which has the shapes of the known model ViT-T-8-32."""
     folder = tmp_path_factory.mktemp("made")
     vit, mixed = make_model(CONFIGS["ViT"]), siglip.make_model(siglip.CONFIGS["mixed"])
     convert_checkpoint(save_own(vit, folder / "own.pt"), folder / "hf", "hf")
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 
 
 def weights(source="own.pt", **changes):
-    """Write w.pt with other tensors than a checkpoint has; names have "__" for ".", and None takes one out."""
+    """Write w.pt, a checkpoint with changed tensors; names have "__" for ".", and None removes a tensor."""
     saved = torch.load(source)
     state = saved["state_dict"] | {name.replace("__", "."): value for name, value in changes.items()}
     saved["state_dict"] = {name: value for name, value in state.items() if value is not None}
@@ -68,7 +68,7 @@ def flipped():
 
 
 def without_safetensors(index):
-    """Replace the weights of a checkpoint of transformers by an index of this content."""
+    """Replace the weights of a checkpoint of transformers by an index file with the weight map ``index``."""
     Path("hf/model.safetensors").unlink()
     Path("hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
@@ -97,7 +97,7 @@ REFUSED = [
         "it holds a SigLIP model, and the model is a CLIP",
     ),
     (None, "own.pt --model ViT-B-16-SigLIP", "it holds a CLIP model, and the model is a SigLIP model: choose the"),
-    # Cases of settings that weights do not say.
+    # Cases of settings that weights do not determine, such as the activation.
     (None, "named.pt", "or name the model with --model (ViT-T-8-32 or ViT-T-8-32-quickgelu)"),
     (lambda: torch.save(torch.load("own.pt")["state_dict"], "w.pt"), "w.pt", "no model that clipfast knows has its"),
     (lambda: torch.save({"layer.weight": torch.zeros(2, 2)}, "w.pt"), "w.pt", "it has no 'visual.conv1.weight'"),
