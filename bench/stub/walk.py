@@ -23,9 +23,9 @@ from .arguments import CheckedLaunch, checked_launches
 from .capture import CaptureRules, InsideOps
 from .driver import Stub, load, on_device
 
-# If the reference's largest tensor in a case has more elements than this, its inputs are left uninitialised.
+# If the reference's largest tensor in a case has more elements than this, the case's inputs are left uninitialised.
 DRAWN_ELEMENTS = 2**20
-# Cases of which a tensor has more elements are left out, since their PyTorch ops between launches take a CPU too long.
+# Cases with a larger tensor than this are left out, since their PyTorch ops between launches take a CPU too long.
 MOST_ELEMENTS = 2**26
 # Tensors belong to the second device while the first one is current, so that a missing device guard shows.
 DEVICE, CURRENT = 1, 0

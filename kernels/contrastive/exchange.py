@@ -101,8 +101,8 @@ class Ranks:
         The next block is received while the caller works on the previous block.
         """
         if 0 in self.sizes:
-            # A rank without rows takes no part in a transfer. NCCL does not define a transfer between some ranks as the
-            # first communication of their group. Therefore all ranks communicate once before it.
+            # A rank without rows takes no part in a transfer. NCCL does not define a transfer between only some
+            # ranks as the first communication of their group. Therefore all ranks communicate once before it.
             gather_equal(rows.new_zeros(1), self.group)
         owner, block = self.rank, rows.contiguous()
         for _ in self.sizes[1:]:
@@ -173,7 +173,7 @@ class Transfer:
     """A transfer in the ring: one block is being sent while another one is being received."""
 
     works: "list[dist.Work]"
-    sent: Tensor  # the block that is sent: its memory must not be reused before that
+    sent: Tensor  # the block that is sent, kept so that its memory is not reused until then
     received: Tensor
 
     def wait(self) -> Tensor:

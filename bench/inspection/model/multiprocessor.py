@@ -24,7 +24,7 @@ from ..sass import NO_SCOREBOARD
 from .machine import Machine
 from .steps import PIPES, UNIFORM, Kind, Step
 
-_RETRY = 20  # cycles until a warp tests a barrier again whose TMA load has not been started yet
+_RETRY = 20  # cycles until a warp tests a barrier again if its TMA load has not been started yet
 # If at most this share of the bytes comes from HBM, loads arrive after the latency of L2. Bytes that all 132
 # multiprocessors read at the same time come from HBM once, and all multiprocessors wait for them.
 _MOSTLY_HITS = 0.5 / 132
