@@ -86,8 +86,8 @@ def _is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-# torch.compile may take the result as a constant, since it compiles again under another transform. The attribute is
-# explained at ``_least_keys_of_sdpa`` in attention/op.py.
+# torch.compile may take the result of _is_transformed as a constant, since it compiles again under another transform.
+# The attribute is explained at ``_least_keys_of_sdpa`` in attention/op.py.
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

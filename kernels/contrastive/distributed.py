@@ -152,8 +152,8 @@ def _pair_weight(ranks: Ranks) -> float:
 def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Return the statistics of the logits of x against y, where row i and column i + offset are a pair."""
     if len(x) == 0 or len(y) == 0:
-        # All blocks subtract the same number from their logits before exp, if each block says that this suits it. A
-        # block without logits must not prevent that.
+        # All blocks subtract the same number from their logits before exp, if its sums are exact in each block. A block
+        # without logits must not prevent this, so its flag is 1.
         return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
     return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 
@@ -257,7 +257,7 @@ def _accumulate_rows(
     return acc_x, reduce.result, scale_sums
 
 
-# _disable_dynamo is torch.compiler.disable, but imports the compiler when the function is first called, not now.
+# _disable_dynamo is torch.compiler.disable, but imports the compiler at the function's first call, not before.
 @_disable_dynamo
 def distributed_contrastive_loss(
     image: Tensor,
