@@ -84,7 +84,7 @@ def call(model: nn.Module) -> object:
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
-    """Return the :class:`Replacement` of every part of an adopted model that runs on our ops."""
+    """Return the :class:`Replacement` of every part of an adopted model that runs on clipfast's ops."""
     return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Replacement)]
 
 

@@ -1,4 +1,4 @@
-"""transformers' CLIP, SigLIP and SigLIP 2 compute the same when they are patched as before."""
+"""CLIP, SigLIP and SigLIP 2 of transformers compute the same before and after they are patched."""
 
 import copy
 from unittest import mock

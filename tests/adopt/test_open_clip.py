@@ -1,4 +1,4 @@
-"""OpenCLIP's models compute the same when they are patched as before."""
+"""OpenCLIP's models compute the same before and after they are patched."""
 
 import copy
 import inspect
@@ -45,7 +45,7 @@ def test_equal_in_float32(name, place, request):
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "float64"])
 def test_what_a_cpu_runs(mode, as_on_a_cpu):
-    """On a CPU, a patched model runs our kernels only where they are faster."""
+    """On a CPU, a patched model runs clipfast's kernels only where they are faster."""
     model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32"))
     assert "clipfast.attention, causal (on a CPU as before)" in clipfast.report_kernels(model)
     model = model.to(torch.float32 if mode == "autocast" else getattr(torch, mode))

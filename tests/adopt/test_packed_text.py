@@ -11,7 +11,7 @@ from . import hf_models, shrunk
 from .pairs import TRAINING, assert_equal_results, call, error, lines, made, pair, patch
 from .test_towers import configured
 
-LENGTH, END = 77, shrunk.VOCABULARY - 2  # the vocabulary has one id above END, that of end-of-text
+LENGTH, END = 77, shrunk.VOCABULARY - 2  # END is end-of-text's id; the vocabulary has a greater one
 # The position of the end-of-text token in each text of a batch.
 MIXES = {
     "random": torch.randint(0, LENGTH, (9,), generator=torch.Generator().manual_seed(3)).tolist(),

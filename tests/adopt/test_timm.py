@@ -1,4 +1,4 @@
-"""timm's vision transformers compute the same when they are patched as before."""
+"""timm's vision transformers compute the same before and after they are patched."""
 
 import copy
 

@@ -28,7 +28,7 @@ def test_patch_dropout_draws_the_same_patches(prob):
     model, patched = configured("vision_cfg", patch_dropout=prob)
     assert_equal(model, patched)
     assert_equal(model.eval(), patched.eval())
-    # a hook on patch_dropout must see all patches, so that the model drops them after their embedding
+    # A hook on patch_dropout must see all patches.
     for each in (model, patched):
         each.train().visual.patch_dropout.register_forward_hook(lambda module, args, output: 2 * output)
     assert_equal(model, patched)

@@ -1,3 +1,3 @@
-"""Fixtures of pairs and runs for the tests in this folder."""
+"""Fixtures of pairs and training runs for tests/cli."""
 
 from ..small_runs import copied, finished, options, refusal, run_small, server, shards, small, store, together  # noqa: F401

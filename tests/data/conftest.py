@@ -1,4 +1,4 @@
-"""Fixtures of pairs and runs for the tests in this folder, and a cache for each test."""
+"""Fixtures of shards for tests/data, a cache for each test, and helpers that open data sources."""
 
 import pytest
 

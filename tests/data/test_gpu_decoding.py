@@ -59,7 +59,7 @@ def test_pixels_are_nearly_those_of_the_host(scale, subsampling):
     whole, coarse = usual(files, scale=scale, oversampling=math.inf), usual(files, scale=scale)
     for ours, exact, usually in zip(found, whole, coarse, strict=True):
         assert decibels(ours, exact) > 43  # not more: at a crop's edges, Pillow reads pixels beyond them
-        assert decibels(ours, usually) > 35  # Pillow decodes this file at a fraction of its size
+        assert decibels(ours, usually) > 35  # the host decodes this file at a fraction of its size
 
 
 def test_what_the_device_gets():

@@ -178,7 +178,7 @@ def test_columns_that_cannot_be_used(table, message, tmp_path):
 def test_an_outage_is_not_taken_for_damage():
     class Failing(io.BytesIO):
         def read(self, *_):
-            """Fail like a server of shards that does not answer."""
+            """Raise TimeoutError, as a read from a server of shards that does not answer."""
             raise TimeoutError("the network is down")
 
     with pytest.raises(TimeoutError, match="the network is down"):

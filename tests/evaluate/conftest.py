@@ -1,4 +1,4 @@
-"""The fixtures of pairs and runs for the evaluation's tests, and a small model that they share."""
+"""Fixtures of pairs and training runs for tests/evaluate, and a small model that these tests share."""
 
 import pytest
 

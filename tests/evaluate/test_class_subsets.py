@@ -55,7 +55,7 @@ def test_labels_that_share_a_class_of_the_base_are_one_class():
 
 
 def test_both_sets_are_judged_over_the_shared_classes_only():
-    """The model takes each image for an "eel", a class of the base only, so the best shared class decides."""
+    """The model takes images for an "eel", which only the base has, so the best class of both sets decides."""
     base = ["cat", "dog", "cow", "eel"]
     subset = ClassSubset.of(base, {"one": (0,), "two": (1, 2), "other": ()}, "r")
     cat, dog, cow = torch.tensor([[0.5, 0.2, 0.1, 0.9], [0.1, 0.5, 0.2, 0.9], [0.1, 0.2, 0.5, 0.9]])
@@ -96,7 +96,7 @@ def objectnet(folder):
     """Write three classes in ObjectNet's layout: the first is one class of ImageNet, the second two, the third none."""
     for name in ("alarm_clock", "bench", "air_freshener"):
         picture_in(folder / "images" / name)
-    (folder / "images" / "broken").mkdir()  # not a class of ImageNet, so its image must not be read
+    (folder / "images" / "broken").mkdir()  # not a class that ImageNet has, so the folder must not be read
     mappings = folder / "mappings"
     mappings.mkdir()
     labels = {"alarm_clock": "Alarm clock", "bench": "Bench", "air_freshener": "Air freshener"}

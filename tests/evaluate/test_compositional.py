@@ -240,7 +240,7 @@ def test_a_box_that_cannot_be_cut_out_is_named(by_colour, tmp_path, capsys):
 
 @pytest.mark.long
 def test_three_ranks_give_what_one_gives(model, tmp_path, capsys):
-    """With 8 images a batch three ranks have three, two and two blocks; SugarCrepe has one block in all."""
+    """Results do not depend on the ranks, which share seven blocks of 8 images, or of which one has the only block."""
     write_sugar_crepe(tmp_path / "crepe")
     sets = ("shapes:50", tmp_path / "crepe", write_shard(tmp_path / "a.tar", pairs()))
     given = ["compositional", *model, "--batch-size", 8, "--data"]

@@ -26,7 +26,7 @@ def scored(cases, features, captions):
 
 
 def drawn(count, captions):
-    """Return ``count`` compositional cases of one image with ``captions`` captions, and ``count`` of two with two."""
+    """Return compositional cases: ``count`` of one image and ``captions`` captions, ``count`` of two images and two."""
     ones = [Case(f"{n}", (n,), tuple(f"{n} {k}" for k in range(captions))) for n in range(count)]
     twos = [Case(f"{n}", (2 * n, 2 * n + 1), (f"{n} a", f"{n} b")) for n in range(count)]
     return ones, twos

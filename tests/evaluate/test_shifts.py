@@ -100,7 +100,7 @@ def test_rotation_turns_and_fills_with_the_border():
 
 
 def test_occlusion_covers_its_share_at_places_that_differ():
-    """The place of the occlusion depends on the seed and on the image's pixels."""
+    """An occlusion covers its share of an image, at a place that depends on the seed and on the image's pixels."""
     places = set()
     for number in range(20):
         size = (60, 40) if number % 4 < 2 else (400, 600)

@@ -71,7 +71,7 @@ def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
     out, _ = printed(capsys, "zeroshot", "--watch", run.path, "--data", shards)
     found = lines_of(run)
     assert [(line["step"], line["epoch"], line["samples_seen"]) for line in found] == [(4, 1, 32), (8, 2, 64)]
-    assert [line["eval"] for line in found] == expected  # evaluates averaged weights (EMA), as training does
+    assert [line["eval"] for line in found] == expected  # the watch evaluates averaged weights, as training does
     top1 = {step: evaluation["zero_shot"]["top1"] for step, evaluation in zip((4, 8), expected, strict=True)}
     assert out.startswith(f"step 4 (epoch_1.pt): zero-shot top-1 {100 * top1[4]:.1f}%")
     (board,) = (run.path / "tensorboard").glob("evaluations-*")

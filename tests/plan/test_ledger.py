@@ -11,10 +11,10 @@ def test_live_bytes_and_flops():
     given = torch.zeros(1000)
     ledger = Ledger(categories={"later": "kept"})
     with ledger:
-        one = given + 1  # given and one take 8000 bytes together
+        one = given + 1  # the tensors ``given`` and ``one`` take 8000 bytes together
         one[::2].add_(1)  # a view takes no memory
         ledger.phase = "later"
-        two = torch.cat([one, one])  # two takes 8000 bytes
+        two = torch.cat([one, one])  # the tensor ``two`` takes 8000 bytes
         del one
         torch.zeros(1000)  # takes 4000 bytes, in the place of the deleted tensor ``one``
         torch.mm(two.view(50, 40), two.view(40, 50), out=torch.empty(50, 50))  # takes 10000 bytes

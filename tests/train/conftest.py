@@ -1,4 +1,4 @@
-"""Fixtures of pairs and runs for the tests in this folder."""
+"""Fixtures of pairs and training runs for tests/train."""
 
 from unittest import mock
 
@@ -12,7 +12,7 @@ from ..small_runs import copied, finished, options, refusal, run_small, server, 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_pictures():
-    """Let runs draw no pictures, which take a third of a small run; only that of the fixture ``finished`` has them."""
+    """Let runs draw no pictures, which take a third of a small run; only the fixture ``finished`` has them."""
     with mock.patch("clipfast.train.loop._pictures", return_value=[]):
         yield
 

@@ -1,8 +1,8 @@
 """Capture and replay training steps on the stub of the CUDA driver; ``test_graphs.py`` runs this in another process.
 
 The argument is ``driver`` or ``gpu``. ``driver`` takes whole training steps, with CPU tensors in place of GPU tensors,
-and CUDA graphs that only count launches. ``gpu`` uses PyTorch's own graphs, streams and
-allocator with the stub as its GPU, which needs a CUDA build of PyTorch.
+and CUDA graphs that only count launches. ``gpu`` uses PyTorch's own graphs, streams and allocator with the stub as its
+GPU, which needs a CUDA build of PyTorch.
 """
 
 import contextlib

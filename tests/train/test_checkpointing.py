@@ -67,7 +67,7 @@ def weights_of(path):
 
 
 class TestWriting:
-    """The background writer of checkpoints."""
+    """Training checkpoints are written in the background."""
 
     def test_training_goes_on_meanwhile_and_changes_nothing(self, store, gate):
         content = state(1, 7.0)
@@ -168,7 +168,7 @@ class TestFailingDisk:
         assert not list(folder.checkpoints.glob(".*"))
 
     def test_a_full_disk_is_told_in_bytes(self, failing, store, monkeypatch):
-        """PyTorch's error does not mention a lack of space, and the file on the disk is smaller than needed."""
+        """If the disk is full, the error states wanted and free bytes, since PyTorch's error does not mention space."""
         saved(store, 1)
         failing[".step_2.pt.tmp"] = [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")]
         monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))

@@ -229,7 +229,7 @@ def test_two_ranks(tmp_path):
             close(*found["distill"])
             for kind in ("both", "captions"):
                 ours, theirs = (dict(result) for result in found[kind])
-                if combination == (True, True):  # as in ClipLoss, only the mean over ranks equals OpenCLIP's
+                if combination == (True, True):  # as in ClipLoss, only its mean over ranks is OpenCLIP's
                     del ours["d_logit_scale"], theirs["d_logit_scale"]
                 close(ours, theirs)
         for kind in ("both", "captions"):

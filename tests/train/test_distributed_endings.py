@@ -137,7 +137,7 @@ def test_a_rank_whose_torchrun_is_gone_does_not_start(options, tmp_path, monkeyp
     for name, value in {**place, "LOCAL_RANK": 0, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("clipfast.distributed.world.ANSWER", 1)
-    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # ANSWER shortens a wait of minutes
+    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # ANSWER limits the wait for the store
         pass
 
 

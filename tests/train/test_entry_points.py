@@ -95,7 +95,7 @@ def test_intermediates(folder):
         options = {"image_indices": indices, "text_indices": indices, "stop_early": stop_early}
         if is_vit:
             compare(images, texts, **options)
-        else:  # OpenCLIP's ResNet pools the output of the last index, and may stop too early
+        else:  # OpenCLIP's ResNet may stop too early, and pools the last index's features: compare only intermediates
             if not stop_early:
                 expected = compare(images, texts, **options, intermediates_only=True)
             early = options | {"stop_early": True, "intermediates_only": True}

@@ -62,7 +62,7 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
     assert main(["train", "--resume", str(folder.path), "--samples-seen", "72"]) == 0
     assert "--samples-seen 43 -> 72" in capsys.readouterr().err
     assert (results_of(folder.path)["steps"], results_of(folder.path)["samples_seen"]) == (9, 72)
-    # --epochs replaces --samples-seen of the run, and the other way round.
+    # In a resumed run, --epochs replaces the run's --samples-seen, and --samples-seen its --epochs.
     for flag, value, step in (("--epochs", "3", 12), ("--samples-seen", "112", 14)):
         assert main(["train", "--resume", str(folder.path), flag, value]) == 0
         assert steps_of(folder.latest) == step

@@ -80,7 +80,8 @@ def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
 
 def test_batch_norm_that_is_frozen_has_the_precision_of_its_tower(shards, tmp_path):
     options = {"lock_image": True, "lock_image_freeze_bn_stats": True, "precision": "pure_bf16"}
-    start, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)  # preflight locks one on "meta"
+    # The run also passes preflight, which locks a model on the device "meta".
+    start, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)
     assert all(torch.isfinite(torch.tensor(losses(run))))
     mean = "visual.bn1.running_mean"
     assert torch.equal(checkpoint["state_dict"][mean], start.state_dict()[mean].bfloat16())

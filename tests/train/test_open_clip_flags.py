@@ -1,4 +1,4 @@
-"""OpenCLIP's training flags: clipfast knows each, translates it, accepts it without effect, or refuses it."""
+"""OpenCLIP's training flags: for each, clipfast has the same option, translates it, ignores it, or refuses it."""
 
 import argparse
 import dataclasses

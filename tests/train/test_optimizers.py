@@ -88,7 +88,7 @@ def test_classes_and_arguments(model, options, kind, defaults):
 
 
 def test_adamw_computes_what_pytorchs_does_to_the_last_bit():
-    """One parameter is in bfloat16, one has no gradient in the first step, and a step is skipped."""
+    """clipfast's AdamW is bit-equal to PyTorch's, also in bfloat16, without a gradient, and after a skipped step."""
     torch.manual_seed(0)
     values = torch.randn(5, 3), torch.randn(4), torch.randn(6).bfloat16(), torch.randn(2)
     runs = []
@@ -278,7 +278,7 @@ def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
 
 @pytest.mark.long
 def test_a_checkpoint_of_open_clip_main_goes_on(run_small, as_theirs):
-    """Its optimizer groups are those of 3.3.0, except that position and class embeddings have no weight decay."""
+    """OpenCLIP's main branch has the optimizer groups of 3.3.0, but position and class embeddings do not decay."""
     names = ("positional_embedding", "visual.positional_embedding", "visual.class_embedding")
     theirs = as_theirs(run_small(workers=0, wd_exclude=names))
     options = {"workers": 0, "epochs": 3}

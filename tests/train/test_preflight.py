@@ -148,7 +148,7 @@ class TestValidation:
 
 
 class TestSample:
-    """The selection of shards and pairs that are tried."""
+    """The selection of the shards and pairs that are tried before a run."""
 
     @pytest.fixture(autouse=True)
     def folder(self, shard, tmp_path):

@@ -45,7 +45,7 @@ def test_schedules_are_those_of_open_clip(options, theirs, arguments):
 
 
 def test_constant_rates():
-    """The rate is constant with a decay of length 0 and without a scheduler, also without a warm-up."""
+    """The learning rate is constant with a decay of length 0 and without a scheduler, also without a warm-up."""
     for options in ({"lr_scheduler": "wsd", "decay_fraction": 0, "warmup": 0}, {"skip_scheduler": True, "warmup": 50}):
         assert {schedule(**options).at(step) for step in range(STEPS)} == {7e-4}
     assert schedule(total=0, warmup=0).at(0) == 7e-4

@@ -51,10 +51,10 @@ def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor)
 
 
 def test_large_batches_that_come_seldom_are_no_spikes():
-    """Of 41 batches of a budget of tokens, one has 1,024 pairs in place of 16."""
+    """The larger loss of a rare large batch, 1,024 pairs in place of 16 in one step of 41, is no spike."""
 
     def pairs(step):
-        """Return the pairs of the batch of a step."""
+        """Return the number of pairs in the batch of a training step."""
         return 16 if step % 41 else 1024
 
     figures = [(step, one._replace(loss=one.loss * math.log(pairs(step)))) for step, one in course(2000)]
@@ -108,7 +108,7 @@ def test_the_loss_of_guessing(siglip):
 
 @pytest.mark.parametrize("what", ["collapse", "weights"])
 def test_the_last_good_checkpoint_is_kept(what, run_small, monkeypatch):
-    """The good checkpoint is from step 6 of 12. Every step is saved, and the last two checkpoints are kept."""
+    """If training diverges, the last good checkpoint (step 6 of 12) is kept, besides the last two checkpoints."""
     monkeypatch.setattr("clipfast.train.spikes.FLAT_FOR", 3)
     original = Trainer._train_step
 

@@ -214,7 +214,7 @@ def is_alive(pid):
 
 
 def test_ctrl_c_saves_and_says_where(shards, tmp_path):
-    """A terminal sends the signal to the data workers as well."""
+    """Ctrl-C, which a terminal also sends to the data workers, saves a checkpoint and prints the command to resume."""
     arguments = command(shards, tmp_path, "--epochs", "2000")
     process = started(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_checkpoint(process, tmp_path / "run", 3)
@@ -340,7 +340,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(copied, tmp_path):
     ],
 )  # fmt: skip
 def test_a_checkpoint_or_recipe_runs_and_sends_nothing_by_itself(key, value, tmp_path, capsys, monkeypatch):
-    """A file may be untrusted: names of data may hold shell commands, and the import of a module runs its code."""
+    """Checkpoints and recipes may be untrusted: options in them may hold shell commands, or name modules to import."""
     monkeypatch.chdir(tmp_path)
     config = {"train_data": "x.tar", key: value}
     torch.save({"state_dict": {}, "clipfast": {"config": config}}, "run.pt")

@@ -136,7 +136,7 @@ def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
 def test_a_shard_that_changes_during_a_run_is_named(kind, change, monkeypatch, tmp_path):
     for name in "abc":
         write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(24)])
-    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)  # keep one shard open
+    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)  # at most one stays open
     options = config(
         f"{tmp_path}/{{a,b,c}}.tar", tmp_path, unique_by=None, train_num_samples=72, epochs=1, workers=0,
         max_bad_fraction=0.5,

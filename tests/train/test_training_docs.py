@@ -73,7 +73,7 @@ def as_rank(rank, folder, commands):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with the data that the page of training names."""
+    """Return a folder with the data that docs/training.md names."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "data").mkdir()
     for number in range(4):
@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.long
 def test_commands(folder, monkeypatch, capsys):
-    """The commands run in the order of the page, those of torchrun first, since some use the results of others.
+    """The commands of docs/training.md run in their order, but torchrun's first, since some use results of others.
 
     Among these two dozen commands are ten training runs, so the test takes more than 12 seconds.
     """
@@ -94,7 +94,7 @@ def test_commands(folder, monkeypatch, capsys):
         start = arguments.index("--") + 1
         assert arguments[2:start] == ["-m", "clipfast", "--"]
         given = shortened(arguments[start:])
-        # these processes cannot start data workers
+        # daemonic processes of the test cannot start data workers
         together.append(given if "--resume" in given else [*given, "--workers", "0"])
     (folder / "ranks").mkdir()
     found = run_ranks(as_rank, 2, str(folder), together, folder=folder / "ranks", timeout=600.0)
@@ -110,7 +110,7 @@ def test_commands(folder, monkeypatch, capsys):
 
 @pytest.mark.long
 def test_the_script_for_slurm(folder):
-    """``srun`` and ``scontrol`` are stand-ins, for one machine with two processes; torchrun is the real one."""
+    """The script for Slurm trains on two processes, with stand-ins for ``srun`` and ``scontrol``."""
     tools = folder / "tools"
     tools.mkdir()
     for name, line in (

@@ -94,7 +94,7 @@ def test_a_rank_without_data_is_named_with_its_stack(given, tmp_path):
 
 @pytest.mark.long
 def test_slow_ranks_are_not_stuck(given, tmp_path):
-    """The first batch, a checkpoint, and the classifier of ImageNet may take longer than the timeout."""
+    """Ranks are not stuck if a first batch, a checkpoint, or ImageNet's classifier takes longer than the timeout."""
     given |= {"dist_timeout": 3, "train_num_samples": 48}
     assert run_ranks(on_rank, 2, 2, [(given,)], slowly, folder=empty(tmp_path)) == [[(None, {})]] * 2
     assert "ERROR" not in (tmp_path / "run" / "out.log").read_text()
