@@ -146,8 +146,8 @@ def on_stub_gpu():
     torch.cuda.synchronize()
     captured.clear()
     take(torch.ones(2, 4, device="cuda"))
-    step(torch.ones(2, 4, device="cuda"))  # this call is captured
-    step(torch.ones(8, 4, device="cuda"))  # this call is replayed
+    step(torch.ones(2, 4, device="cuda"))  # this call is captured in a CUDA graph
+    step(torch.ones(8, 4, device="cuda"))  # this call replays the CUDA graph
     return found | {"after the error": [len(captured) - 1, sum(captured)]}
 
 

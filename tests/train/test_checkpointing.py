@@ -177,7 +177,8 @@ class TestFailingDisk:
             saved(store, 2)
         monkeypatch.undo()
         assert names(store) == ["epoch_latest.pt", "step_1.pt"]
-        with pytest.raises(RuntimeError, match=r"^broken$"):  # errors other than a full disk are raised unchanged
+        # If a save fails for another reason than a full disk, its error is raised unchanged.
+        with pytest.raises(RuntimeError, match=r"^broken$"):
             replace_file(store.folder / "x", mock.Mock(side_effect=RuntimeError("broken")), size=1000)
         assert not (store.folder / "x").exists()
 

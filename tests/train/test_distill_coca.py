@@ -229,7 +229,9 @@ def test_two_ranks(tmp_path):
             close(*found["distill"])
             for kind in ("both", "captions"):
                 ours, theirs = (dict(result) for result in found[kind])
-                if combination == (True, True):  # as in ClipLoss, only its mean over ranks is OpenCLIP's
+                # As in ClipLoss, a rank's gradient of logit_scale differs from OpenCLIP's, and its
+                # mean over ranks is equal.
+                if combination == (True, True):
                     del ours["d_logit_scale"], theirs["d_logit_scale"]
                 close(ours, theirs)
         for kind in ("both", "captions"):

@@ -92,7 +92,7 @@ def ranks_of(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     found = {}
     for pid in children:
-        with contextlib.suppress(OSError):  # a child process may have ended since it was listed
+        with contextlib.suppress(OSError):  # a child process may have ended since torchrun's children were listed
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             found |= {int(line[5:]): int(pid) for line in variables if line.startswith(b"RANK=")}
     return found
@@ -123,8 +123,9 @@ def test_ranks_save_and_end_if_torchrun_is_killed(options, tmp_path):
     wait_for_checkpoint(process, tmp_path / "run", 3)
     assert len(ranks_of(process)) == 2
     process.kill()
-    said = process.communicate(timeout=60)[1]  # wait until every process that may write a message has ended
-    assert f"torchrun, process {process.pid}, is gone" in said  # only the first rank that notices the loss says so
+    said = process.communicate(timeout=60)[1]  # wait until torchrun and all ranks, which may write messages, have ended
+    # The first rank that notices the loss of torchrun says so.
+    assert f"torchrun, process {process.pid}, is gone" in said
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
     assert saved_step(tmp_path / "run") < 5000
 
@@ -137,7 +138,8 @@ def test_a_rank_whose_torchrun_is_gone_does_not_start(options, tmp_path, monkeyp
     for name, value in {**place, "LOCAL_RANK": 0, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("clipfast.distributed.world.ANSWER", 1)
-    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # ANSWER limits the wait for the store
+    # ANSWER limits the wait for torchrun's store, which has the timeout of ten minutes otherwise.
+    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):
         pass
 
 

@@ -101,7 +101,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(options, tmp_path):
         (4, "global_batch_size=16", "", 16),
         (1, "batch_size=3", "batch_size=3", 12),
         (6, "batch_size=3", "batch_size=3 global_batch_size=None", 12),
-        (1, "batch_size=5", "batch_size=3", 5),  # the user asks for another batch size
+        (1, "batch_size=5", "batch_size=3", 5),  # the user asks for another batch size than that of the checkpoint
         (1, "batch_size=3", "batch_size=3 global_batch_size=12", 3),
         (5, "batch_size=3", "batch_size=3", "a batch of 12 pairs cannot be divided among 5 processes: .* of an"),
         (3, "global_batch_size=16", "", "a batch of 16 pairs cannot be divided among 3 processes: start a number"),

@@ -64,7 +64,7 @@ def test_values(dtype):
             expected[name] = decay * expected[name] + (1 - decay) * value.double()
     state = average.state_dict()
     assert state["norm.num_batches_tracked"] == 8
-    assert state["locked"].data_ptr() == model.locked.data_ptr()  # constant weights are not copied
+    assert state["locked"].data_ptr() == model.locked.data_ptr()  # the average does not copy constant weights
     for name in ("linear.weight", "linear.bias", "norm.running_mean", "norm.running_var", "norm.weight"):
         assert state[name].dtype is torch.float32
         torch.testing.assert_close(state[name].double(), expected[name], rtol=1e-5, atol=1e-6)

@@ -67,7 +67,7 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
     with mock.patch.object(AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
         run_small()
     run = RunFolder(tmp_path / "run")
-    assert saved_step(run.path) == 4  # the checkpoint from the end of the first epoch
+    assert saved_step(run.path) == 4  # the checkpoint is from the end of the first epoch
     assert f"The last checkpoint is {run.latest}" in log_of(run)
 
 
@@ -167,7 +167,7 @@ def test_the_same_command_again_goes_on(shards, tmp_path, capsys, monkeypatch):
         assert "at step 8 of 12" in run_command(capsys, *arguments)[2]
     code, _, err = run_command(capsys, *arguments, "--resume", tmp_path / "run/checkpoints/step_10.pt")
     assert (code, saved_step(tmp_path / "run")) == (0, 12)
-    assert "at step 11 of 12" in err  # a restart resumes from the newest checkpoint
+    assert "at step 11 of 12" in err  # after a restart by torchrun, the run goes on from its newest checkpoint
 
 
 def test_a_name_by_time_would_be_another_one_after_a_restart(shards, tmp_path, capsys, monkeypatch):

@@ -87,7 +87,7 @@ def test_intermediates(folder):
         same(ours.forward_intermediates(*arguments, **options), expected, f"{options}")
         return expected
 
-    for changed in (0, 1, 2, len(FLAGS)):  # none, one, two, and all of the flags
+    for changed in (0, 1, 2, len(FLAGS)):  # try none, one, two, and all of the flags
         for names in itertools.combinations(FLAGS, changed):
             fmt = "NLC" if is_vit and changed % 2 else "NCHW"
             compare(images, texts, image_output_fmt=fmt, **dict.fromkeys(names, True))
@@ -229,7 +229,8 @@ def test_arguments_that_change_nothing(tmp_path):
     options = parse_arguments(f"{words} audio_aug_cfg=None".split())
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", return_transform=False, **options)
-    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # True is OpenCLIP's default for both
+    # OpenCLIP's default for both arguments is True.
+    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)
     assert isinstance(model, clipfast.CLIP)
     assert not model.training
 
@@ -263,5 +264,6 @@ def test_weights_that_are_replaced_need_not_be_there(tmp_path):
     assert torch.equal(other.visual.proj, model.visual.proj)
     with pytest.raises(ValueError, match="holds no weights"):
         create_model(f"local-dir:{tmp_path}")
-    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):  # no download is tried
+    # No download is tried for a path.
+    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):
         create_model("hf-hub:org/none", "none")

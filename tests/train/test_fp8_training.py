@@ -70,7 +70,7 @@ def test_the_metrics_tell_what_8_bits_lose(shards, tmp_path):
 def test_trained_blocks_of_a_locked_tower_have_gradients_in_the_metrics(lock):
     model = create_model("ViT-T-8-32")
     model.set_fp8("switchback")
-    getattr(model, lock)(3)  # the projection and the last two blocks are trained, and the last one is in 16 bits
+    getattr(model, lock)(3)  # the projection and the last two blocks are trained, and the last block is in 16 bits
     measure = Fp8Figures(model, ClipLoss(), contextlib.nullcontext)
     scale = measure(torch.randn(4, 3, 32, 32), get_tokenizer("ViT-T-8-32")(["a", "b", "c", "d"]))["scale"]
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}

@@ -24,7 +24,7 @@ from ..small_runs import RESNET, SIGLIP, TINY
 from .distributed import folder_of, trained
 from .test_training import losses, weights
 
-MODELS = {"clip": TINY, "siglip": SIGLIP, "resnet": RESNET}  # no size is a multiple of 3
+MODELS = {"clip": TINY, "siglip": SIGLIP, "resnet": RESNET}  # no weight's size is a multiple of 3, the number of ranks
 
 
 def on_ranks(rank, size, work, *args):
@@ -58,7 +58,7 @@ def clipped(world, kind):
     """Return gradients before and after clipping, and their norm, for each of FACTORS, which scales the loss."""
     model, images, texts = in_parts(world, kind)
     guard = Guard(model, torch.optim.SGD(model.parameters(), 0.1), 0.25)
-    share = 1 + (world.rank - (world.size - 1) / 2) / 2  # the ranks' gradients differ; their mean is fixed
+    share = 1 + (world.rank - (world.size - 1) / 2) / 2  # the gradients of ranks differ, but their mean is fixed
     found = []
     for factor in FACTORS:
         model.zero_grad()
@@ -159,5 +159,6 @@ def test_combinations(tried, options, together, tmp_path):
         found = weights(run.path)
         for name, value in read_checkpoint(reference.latest)["state_dict"].items():
             assert found[name].dtype == value.dtype
-            if precision == "fp32" or value.ndim > 1:  # Adam moves a bias of 0 by its gradient's sign, maybe noise
+            # Adam moves a bias that begins at 0 by the sign of its gradient, which may be noise.
+            if precision == "fp32" or value.ndim > 1:
                 assert (found[name] - value).norm() <= tolerance * value.norm() + 1e-6, (name, each)

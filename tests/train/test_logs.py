@@ -173,7 +173,8 @@ def test_flops_of_naflex_are_those_of_as_many_patches():
     model = create_model("naflex_ViT-B-16", device="meta")
     square = training_flops(create_model("ViT-B-16", device="meta"), 64)
     assert training_flops(model, 64) == training_flops(model, 64, 196) == pytest.approx(square, rel=0.02)
-    assert training_flops(model, 64, 784) > 2.9 * square  # images take three quarters of the FLOPs
+    # Images take three quarters of the FLOPs of square images and texts.
+    assert training_flops(model, 64, 784) > 2.9 * square
 
 
 def fake_nvml(reasons=0, error=None):
@@ -204,7 +205,8 @@ def gpu(monkeypatch):
 
 
 def test_a_gpu_is_found_by_its_uuid_and_told_once_to_be_slow(gpu, caplog):
-    nvml = fake_nvml(reasons=0x4 | 0x20 | 0x80)  # the clock is slow by power cap (normal), heat, and brake
+    # The clock is slowed by the power cap (normal under load), by heat, and by the power brake.
+    nvml = fake_nvml(reasons=0x4 | 0x20 | 0x80)
     meters = gpu(nvml)
     found = [meters.read(0.5) for _ in range(3)][-1]
     nvml.nvmlDeviceGetHandleByUUID.assert_called_with("GPU-1234-second")
@@ -254,6 +256,6 @@ def test_the_wait_for_gradients_of_a_slow_rank_is_communication(small, tmp_path)
     run_ranks(trained_slowly, 2, 2, given, folder=empty(tmp_path))
     folder = RunFolder(tmp_path / "run")
     lines = lines_with(folder, "communication")
-    assert len(lines) > 3  # PyTorch does not measure the first steps
+    assert len(lines) > 3  # PyTorch does not measure the first steps of a run
     assert statistics.median(line["communication"] * line["batch_time"] for line in lines) > 0.25
     assert re.search(r" Comm: \d+\.\d% Data-wait: ", log_of(folder))

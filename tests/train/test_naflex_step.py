@@ -134,7 +134,8 @@ def test_loss_and_gradients_are_those_of_openclip(kind):
     logits, labels = logit_scale * image @ text.T, torch.arange(6)
     expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
     (expected * {"none": 1.0, "linear": 1.5, "sqrt": 1.5**0.5}[kind]).backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # the logged loss has no --naflex-loss-scale
+    # The logged loss has no factor of --naflex-loss-scale.
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     assert_near(gradients(ours), gradients(theirs), 1e-6)
 
 
@@ -152,7 +153,8 @@ def test_micro_batches_have_the_gradients_of_the_batch(for_gpu):
         assert step.backward(in_parts[0], of_texts).item() == pytest.approx(loss.item(), rel=1e-12)
         assert_near(gradients(model), whole, 1e-12)
     step.optimizer.zero_grad()
-    accumulate_gradients(model, pack_images(images, PATCH), texts, 2)  # this function splits packed images itself
+    # accumulate_gradients splits packed images itself.
+    accumulate_gradients(model, pack_images(images, PATCH), texts, 2)
     assert_near({name: 7 / 4 * gradient for name, gradient in gradients(model).items()}, whole, 1e-12)
 
 

@@ -26,7 +26,8 @@ from .distributed import assert_near, folder_of, trained
 from .test_training import losses, results_of, saved_step, stopped_after, weights
 
 RANKS = {"naflex_max_tokens_per_batch": 96, "naflex_batch_divisor": 4, "batch_size": 5}
-ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}  # one process, as RANKS on two
+# Options on one process, for the batches that RANKS gives on two processes.
+ALL = {"naflex_max_tokens_per_batch": 192, "naflex_batch_divisor": 8, "batch_size": 10}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def test_micro_batches_are_fitted_by_their_patches_and_texts(
     folder, _ = train(TrainConfig(**naflex(tmp_path, micro_batch_size="auto", epochs=1)))
     found = (folder.path / "out.log").read_text()
     assert f"--micro-batch-size auto: {expected} of 8 pairs with up to 24 patches each at a time (the most" in found
-    assert max(texts for _, texts in parts[4:]) == 3 * expected  # with images of 8 patches, thrice the pairs fit
+    # Three times as many pairs fit into a micro-batch if their images have 8 patches.
+    assert max(texts for _, texts in parts[4:]) == 3 * expected
 
 
 @pytest.mark.parametrize(("changes", "patch_size"), [({}, 4), ({"naflex_patch_sizes": (8, 4)}, 8)])

@@ -148,7 +148,7 @@ SHARED = {
     "SYNTHETIC": "--save-frequency 1 --zeroshot-frequency 1 --dataset-type synthetic --train-num-samples 16 "
     "--warmup 1 --batch-size 4 --lr 1e-3 --wd 0.1 --epochs 1 --workers 2",
 }
-WORDS, ERRORS = {}, {}  # the words of each command, and its expected error or ""
+WORDS, ERRORS = {}, {}  # the words of each command, and its expected error or "", by the command's name
 for paragraph in DOCUMENTED.strip().split("\n\n"):
     title, typed = paragraph.split("\n", 1)
     name, _, ERRORS[name] = title.partition(": ")
@@ -246,7 +246,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("name", [name for name in WORDS if ERRORS[name]])
     def test_a_command_that_does_not_run_says_why(self, name, places, run, tmp_path):
-        words = ["tensorboard" if word == "wandb" else word for word in WORDS[name]]  # wandb may be missing
+        words = ["tensorboard" if word == "wandb" else word for word in WORDS[name]]  # the package wandb may be missing
         code, _, err = run(*located(words, places))
         assert code == 2
         assert ERRORS[name] in err

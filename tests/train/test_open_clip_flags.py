@@ -111,7 +111,7 @@ TRIED = {line.split()[0]: line.split() for line in TYPED.strip().splitlines()}
 OPTION = {  # clipfast's options whose name differs from OpenCLIP's flag
     "--csv-img-key": "--image-key", "--csv-caption-key": "--text-key", "--no-set-device-rank": "--set-device-rank",
 }  # fmt: skip
-OUTSIDE = {"--resume", "--debug"}  # options of the command and not of a run
+OUTSIDE = {"--resume", "--debug"}  # flags that are options of ``clipfast train`` and not of a run
 GONE = {"--horovod", "--torchscript", "--trace"}  # flags that OpenCLIP has dropped since 3.3.0
 PLAIN = ["--train-data", "shards.tar", "--model", TINY]
 

@@ -142,7 +142,8 @@ class TestProcesses:
         assert _places(slurm) == (9, 11, 1, on_machine)
         torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         assert _places(slurm | torchrun) == (1, 2, 0, 1)
-        assert _places({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1, 0, 1)  # a batch script without srun
+        # The variables of a Slurm batch script that starts Python without srun.
+        assert _places({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == (0, 1, 0, 1)
         del slurm["MASTER_ADDR"]
         with pytest.raises(ValueError, match=r"11 processes, .*MASTER_ADDR"):
             _places(slurm)
@@ -163,7 +164,7 @@ class TestEvaluation:
         given = {"imagenet_val": imagenet, "val_data": shards, "save_frequency": 2}
         run, _ = train(config(epochs=3, **given, **often))
         lines = [line for line in run.metrics() if "imagenet" in line]
-        assert [line["step"] for line in lines] == [8, 12]  # after the second epoch, and after the last one
+        assert [line["step"] for line in lines] == [8, 12]  # evaluations follow the second epoch and the last one
         assert [line["step"] for line in run.metrics() if "eval" in line] == [12]
         # All images are equal, so one class is the best for all of them, and five classes are in the top five.
         expected = {"imagenet-zeroshot-val-top1": 0.001, "imagenet-zeroshot-val-top5": 0.005}
@@ -172,7 +173,7 @@ class TestEvaluation:
         log = (run.path / "out.log").read_text()
         assert re.search("Eval Epoch: 3 .*imagenet-zeroshot-val-top1: 0.0010\t", log)
         assert [line["step"] for line in run.metrics() if "loss" in line] == list(range(1, 13))
-        assert log.count("Train Epoch:") == 6  # steps 3, 4, 6, 8, 9 and 12
+        assert log.count("Train Epoch:") == 6  # the log has lines for steps 3, 4, 6, 8, 9 and 12
         assert {path.name for path in run.checkpoints.glob("epoch_*")} == {
             "epoch_2.pt",
             "epoch_3.pt",

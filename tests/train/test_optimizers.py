@@ -222,7 +222,7 @@ def test_rates_of_a_graph_are_tensors_of_their_own():
     optimizer = made(build(read_model_config(TINY)), cuda_graphs=True, image_layer_decay=0.5, lr=1.0)
     rates = [(group["lr"], group["lr_scale"]) for group in optimizer.param_groups]
     set_lr(optimizer, 2.0)
-    assert all(rate.item() == 2 * scale for rate, scale in rates)  # set_lr changes each tensor in place
+    assert all(rate.item() == 2 * scale for rate, scale in rates)  # set_lr changes each learning rate's tensor in place
     assert len({rate.item() for rate, _ in rates}) == 4
 
 

@@ -62,7 +62,7 @@ def test_a_shard_that_is_not_there(tmp_path, refusal):
     pattern = f"{tmp_path}/{{a,b}}.tar"
     write_shard(tmp_path / "a.tar", PAIRS)
     assert f"no such shard: {tmp_path}/b.tar (1 of 2 are missing)" in refusal(train_data=pattern)
-    (tmp_path / "b.tar").symlink_to(tmp_path / "c.tar")  # the target of the link does not exist either
+    (tmp_path / "b.tar").symlink_to(tmp_path / "c.tar")  # the target of the symbolic link does not exist either
     assert f"no such shard: {tmp_path}/b.tar (1 of 2 are missing)" in refusal(train_data=pattern)
     write_shard(tmp_path / "c.tar", PAIRS)
     assert refusal(train_data=pattern) == ""
@@ -88,7 +88,7 @@ def test_a_key_that_no_pair_has(refusal):
 def test_one_part_of_a_mix_cannot_be_used(tmp_path, refusal):
     write_shard(tmp_path / "y.tar", without("png"))
     both = {"train_data": f"{tmp_path}/x.tar::{tmp_path}/y.tar"}
-    assert refusal(**both) == ""  # half of the pairs can be used
+    assert refusal(**both) == ""  # half of the pairs can be used, which is enough
     assert "(4 x no image); first: y.tar/000" in refusal("--train-data-upsampling-factors", "1", "3", **both)
 
 
@@ -100,7 +100,7 @@ def test_a_tokenizer_that_does_not_fit(tmp_path, refusal):
     assert "CLIP's tokenizer has 49408 tokens, and " in line
     assert "knows only 1000: set vocab_size of its text_cfg to 49408" in line
     siglip = {"model": tmp_path / "small.json"}
-    siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # its vocabulary has 300 tokens
+    siglip["model"].write_text(json.dumps(CONFIGS["exact"].to_dict()))  # the model's vocabulary has 300 tokens
     assert "needs the file tokenizer.json of its tokenizer, which clipfast does not ship" in refusal(**siglip)
     assert f"there is no tokenizer at {tmp_path}/none" in refusal(**siglip, tokenizer=tmp_path / "none")
     save_tokenizer(tmp_path / "fitting")
@@ -174,7 +174,7 @@ class TestSample:
         assert [call.args[1] for call in indexed.call_args_list] == [str(shards[number]) for number in (0, 3, 6, 9)]
         assert (found.tried, found.unusable) == (16, [])
         look("*.tar")
-        assert indexed.call_count == 4  # the cache has kept the four indexes
+        assert indexed.call_count == 4  # the cache has kept the indexes of the four shards
 
     def test_one_shard_that_is_elsewhere_is_brought_here(self, folder, indexed):
         write_shard(folder / "x.tar", PAIRS)

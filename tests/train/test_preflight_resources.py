@@ -18,7 +18,7 @@ from ..small_runs import write_shard
 from .test_preflight import PAIRS
 from .test_training import config
 
-BATCH = 8 * (3 * 32 * 32 + 8 * 16)  # eight images of 32 pixels in bytes, and texts of 16 ids
+BATCH = 8 * (3 * 32 * 32 + 8 * 16)  # bytes of a batch: eight images of 32 pixels, and texts of 16 ids
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_shared_memory(tmp_path, check, monkeypatch):
     original = module.free_bytes
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(module, "free_bytes", lambda path: room if path == tmp_path else original(path))
-    room = 6 * BATCH - 1  # three data workers have two batches each
+    room = 6 * BATCH - 1  # three data workers hold two batches each
     assert re.search("3 data workers hold 2 batches each of 25.0 KiB .*--shm-size=1g", check(workers=3))
     assert check(workers=2) == check(workers=0) == ""
     room = 6 * BATCH
@@ -100,14 +100,15 @@ def test_space_for_checkpoints(tmp_path, weights, check, monkeypatch):
             assert ("--keep-last 2" in check()) == bool(missing)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=2**20))
     assert f"--logs {tmp_path}/logs has 1.00 MiB free" in check()
-    assert check(World(rank=1, size=2)) == ""  # rank 1 writes nothing
+    assert check(World(rank=1, size=2)) == ""  # rank 1 writes no checkpoints, so it needs no disk
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, refusal, monkeypatch):
     (tmp_path / "file").touch()
     line = refusal(logs=tmp_path / "file/logs", name="run")
     assert re.search(f"{tmp_path}/file/logs/run cannot be written: Not a directory: .*--logs", line)
-    monkeypatch.setattr(lock, "LOCK_NAME", "none/run.lock")  # a disk on which folders can be made, but no files
+    # Lock files fail as on a disk on which folders can be made, but no files.
+    monkeypatch.setattr(lock, "LOCK_NAME", "none/run.lock")
     assert "logs/run cannot be written: No such file or directory" in refusal(name="run")
     assert not (tmp_path / "logs").exists()
 
@@ -133,7 +134,8 @@ class TestGPU:
         assert "no GPU for 'cuda:2': there are 2" in refusal(device="cuda:2")
         gpu(1, 4 * weights - 1)
         assert re.search("cuda has .* of its 64.0 GiB free, .*nvidia-smi", refusal(device="cuda"))
-        assert refusal(device="cuda", precision="pure_bf16") == ""  # weights in bfloat16 take half the memory
+        # Weights in bfloat16 take half the memory of float32.
+        assert refusal(device="cuda", precision="pure_bf16") == ""
         gpu(1, 4 * weights)
         assert refusal(device="cuda") == ""
 

@@ -69,7 +69,7 @@ def test_every_file_goes_up_once(memory, copy, store, monkeypatch):
     (store.folder.parent / "link").symlink_to("/etc/passwd")
     for _ in range(2):
         copy.sync()
-    RemoteCopy(copy.folder, "memory://copies").sync()  # nor does a new process upload a file again
+    RemoteCopy(copy.folder, "memory://copies").sync()  # a new process does not upload a file again, either
     saved(store, 5)
     copy.sync()
     root = "/copies/run"
@@ -145,7 +145,7 @@ def test_what_is_damaged_there_is_not_taken(memory, copy, store, tmp_path):
     assert "step_5.pt is not used: " in said[1]
     assert said[2:] == ["Step 4 was downloaded from memory://copies/run"]
     memory.rm_file(f"{root}/step_9.pt")
-    assert copy.restore() == []  # a local checkpoint that is as new is kept
+    assert copy.restore() == []  # a local checkpoint that is as new as the remote one is kept
 
 
 def test_what_cannot_work_is_refused(memory, run_small, tmp_path):

@@ -12,7 +12,7 @@ from clipfast.train.loop import changed_options
 from clipfast.train.optim import parse_arguments
 from clipfast.train.schedule import LONGEST_AUTO_WARMUP, Epochs, Schedule, schedule_of, warmup_steps
 
-STEPS, EPOCHS = 120, Epochs(160, EqualBatches(8), 120)  # 6 epochs of 20 steps
+STEPS, EPOCHS = 120, Epochs(160, EqualBatches(8), 120)  # a run of 6 epochs of 20 steps
 
 
 def schedule(total=STEPS, epochs=EPOCHS, **options):
@@ -49,7 +49,7 @@ def test_constant_rates():
     for options in ({"lr_scheduler": "wsd", "decay_fraction": 0, "warmup": 0}, {"skip_scheduler": True, "warmup": 50}):
         assert {schedule(**options).at(step) for step in range(STEPS)} == {7e-4}
     assert schedule(total=0, warmup=0).at(0) == 7e-4
-    assert Schedule(1.0, 0, 5, 5).at(5) == 0.0  # one step beyond the end
+    assert Schedule(1.0, 0, 5, 5).at(5) == 0.0  # the learning rate one step beyond the end
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor)
             yield step, one._replace(**{field: factor * getattr(one, field)}) if step in at else one
 
     assert seen(Signs(50), spiked((600,))) == [(600, kind)]
-    assert seen(Signs(700), spiked((600,))) == []  # nothing is reported during the warm-up
-    assert seen(Signs(0), spiked((FIRST // 2,))) == []  # too few steps to know a usual value
+    assert seen(Signs(700), spiked((600,))) == []  # no spike is reported during the warm-up
+    assert seen(Signs(0), spiked((FIRST // 2,))) == []  # a usual value is not known yet
     # Until PAUSE steps are over, one spike is reported, no matter how many come. Spikes do not become usual values, so
     # the one after the pause is reported, too.
     many = [600, 601, 602, 640, 600 + PAUSE[kind] - 1, 600 + PAUSE[kind]]
@@ -87,7 +87,8 @@ def test_a_collapse_is_reported_with_the_last_good_step():
     assert flat(signs, 401, FLAT_FOR - 1) == []
     assert flat(signs, 400 + FLAT_FOR, 300) == [(400 + FLAT_FOR, "collapse")]
     assert signs.good == 400
-    for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # not a small gradient, or not the loss of guessing
+    # The gradient is not small, or the loss is not that of guessing.
+    for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):
         assert flat(Signs(0, lambda step: guess), 1, 200, **changes) == []
     assert flat(Signs(0), 1, 200) == []  # no loss of guessing is known if other losses are added to the contrastive one
 

@@ -149,7 +149,7 @@ run --interval 0 --follow => --interval must be more than 0, got 0.0
 def test_wrong_input(words, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
-    for name in ("out.log", "params.txt"):  # the files that OpenCLIP's trainer writes, too
+    for name in ("out.log", "params.txt"):  # OpenCLIP's trainer writes files of these names, too
         (tmp_path / "theirs" / name).touch()
     code, out, err = run_command(capsys, "status", *words)
     assert (code, out) == (2, "")

@@ -140,7 +140,7 @@ def test_a_graph_is_fed_each_batch(packs, monkeypatch):
             take(*next(batches(1, pairs=5)))
     assert (made[0].captured, made[0].replayed) == (2, replayed + 2)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves weights by 1e-3
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a training step moves weights by 1e-3
 
 
 HEIGHTS = (8, 12, 20, 8)  # heights of images for NaFlex, in pixels
@@ -160,7 +160,8 @@ HEIGHTS = (8, 12, 20, 8)  # heights of images for NaFlex, in pixels
 )
 def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, heights, packs, monkeypatch):
     # a copy would wait for the device, and cannot be captured in a CUDA graph
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # autocast lacks "meta"
+    # torch.autocast does not support the device "meta".
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     meta = torch.device("meta")
     with meta:
         model = build(read_model_config(name) if name == NAFLEX else get_model_config(name)).train()

@@ -142,7 +142,7 @@ def test_eight_pairs_are_learned(run_small, tmp_path):
 
 
 RESUMED = {
-    "workers": "workers=2 force_patch_dropout=0.5",  # dropped patches depend on the random state as well
+    "workers": "workers=2 force_patch_dropout=0.5",  # dropped patches depend on the checkpoint's random state as well
     "drawn": "train_data_upsampling_factors=(0.5,2.0) dataset_resampled=True unique_by=None",
     "mixed": "train_data_upsampling_factors=(0.5,2.0)",
     "wsd": "lr_scheduler=wsd decay_fraction=0.5 warmup=0.25",
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(case, run_small, small, tmp_p
         assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
         assert {group["lr"] for group in read_checkpoint(whole.latest)["optimizer"]["param_groups"]} == {rates[-1]}
     options |= {"save_every": 3}
-    for resume, step in ((None, 3), (part.latest, 4)):  # in the middle of an epoch, and at its end
+    for resume, step in ((None, 3), (part.latest, 4)):  # the run is resumed in the middle of an epoch, and at its end
         with stopped_after(step):
             train(dataclasses.replace(small(**options), name="part"), resume)
         assert saved_step(part.path) == step
@@ -182,7 +182,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     process = started(arguments, stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, folder, 3)
     process.send_signal(signal.SIGSTOP)
-    os.waitpid(process.pid, os.WUNTRACED)  # before this wait ends, its threads may still write
+    os.waitpid(process.pid, os.WUNTRACED)  # before this wait ends, threads of the process may still write
     before = everything(folder)
     for words in (arguments, ["train", "--resume", str(folder)]):
         code, _, err = run_command(capsys, *words)
@@ -193,7 +193,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     assert workers
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 2  # PyTorch's data workers by themselves end within 5 s
+    deadline = time.monotonic() + 2  # PyTorch's data workers by themselves end only within 5 s
     while any(map(is_alive, workers)):
         assert time.monotonic() < deadline, "a data worker lives on"
         time.sleep(0.02)

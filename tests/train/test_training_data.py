@@ -89,14 +89,14 @@ def test_five_percent_of_faults(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "skipped", "seen", "stops"),
     [
-        (0.01, 6, 576, False),  # 1.04% of so few pairs may be chance
+        (0.01, 6, 576, False),  # a share of 1.04% among so few pairs may be chance
         (0.01, 60, 3000, True),
         (0.01, 1, 8, False),
         (0.01, 8, 8, True),
         (0.01, 0, 0, False),
         (0.0, 1, 8, True),
         (1.0, 8, 8, False),
-        (0.5, 9, 8, False),  # ranks may count their last bad pairs twice; 8 bad of 8 may be chance
+        (0.5, 9, 8, False),  # ranks may count their last bad pairs twice, and 8 bad pairs of 8 may be chance
     ],
 )
 def test_a_share_is_judged_when_the_number_allows_it(limit, skipped, seen, stops, tmp_path):
@@ -122,7 +122,8 @@ def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
     assert results["damaged_shards"] == {f"{tmp_path}/b.tar": results["skipped_kinds"]["damaged shard"]}
     assert results["skipped_pairs"] == sum(results["skipped_kinds"].values()) > 0
     loss = f"of shard {tmp_path}/b.tar are lost: byte {places[0]}"
-    assert [loss in line for line in (folder.path / "out.log").read_text().splitlines()].count(True) == 2  # sessions: 2
+    # The log names the loss once per session.
+    assert [loss in line for line in (folder.path / "out.log").read_text().splitlines()].count(True) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,8 @@ def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
 def test_a_shard_that_changes_during_a_run_is_named(kind, change, monkeypatch, tmp_path):
     for name in "abc":
         write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(24)])
-    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)  # at most one stays open
+    # At most one shard stays open, so that each sample opens its shard again.
+    monkeypatch.setattr("clipfast.train.data.open_limit", lambda sources: 1)
     options = config(
         f"{tmp_path}/{{a,b,c}}.tar", tmp_path, unique_by=None, train_num_samples=72, epochs=1, workers=0,
         max_bad_fraction=0.5,
@@ -148,4 +150,4 @@ def test_a_shard_that_changes_during_a_run_is_named(kind, change, monkeypatch, t
     assert 10 < results["skipped_pairs"] <= 24
     listed = (folder.path / "skipped.tsv").read_text().splitlines()
     assert all(line.split("\t")[1].startswith("b.tar") for line in listed)
-    assert folder.metrics()[-1]["step"] == 9  # the end of the epoch
+    assert folder.metrics()[-1]["step"] == 9  # the run reaches the end of the epoch

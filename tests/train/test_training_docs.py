@@ -65,7 +65,7 @@ def as_rank(rank, folder, commands):
         with drawing, contextlib.redirect_stderr(io.StringIO()) as errors:
             try:
                 code = main(arguments)
-            except SystemExit as ended:  # another rank prints the reason
+            except SystemExit as ended:  # another rank prints the reason of the exit
                 code = ended.code
         found.append(errors.getvalue() if code else "")
     return found
@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
     for number in range(4):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
     yield folder
-    shutil.rmtree(folder)  # it holds the checkpoints of many runs
+    shutil.rmtree(folder)  # the folder holds the checkpoints of many runs
 
 
 @pytest.mark.long

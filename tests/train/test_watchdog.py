@@ -155,7 +155,7 @@ def watched(rank, what):
         ("evaluation", r"rank 1, .* is in the phase 'evaluation' since 1 s at step 0"),
         ("dead", r"rank 1, .* gives no sign of life; the last was from step 0, phase .*: stopped"),
         ("step", ""),
-        ("later", ""),  # the rank has gone on
+        ("later", ""),  # rank 0 has gone on to the next step, and blames nobody
     ],
 )
 def test_who_holds_up_the_others(what, expected, tmp_path):
