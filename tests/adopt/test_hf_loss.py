@@ -75,7 +75,7 @@ def steps_of_rank(rank: int) -> dict[str, dict[str, torch.Tensor]]:
             loss.backward()
             losses.append(loss.detach())
         found[name] = {"losses": torch.stack(losses), **gradients_of(model)}
-        if rank == 0:  # in evaluation, no rank waits for others
+        if rank == 0:  # in evaluation, one rank may call the model alone
             model.eval()(**given, return_loss=True)
     with pytest.raises(ValueError, match=r"equally many pairs from every rank, got \[2, 3\]"):
         wrapped.train()(**{key: x[: 2 + rank] for key, x in given.items()}, return_loss=True)

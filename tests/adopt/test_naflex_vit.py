@@ -146,7 +146,7 @@ def test_a_watched_tower_gets_padded_images(what, packed):
 def test_hooks_inside_the_pooling_see_the_images_in_the_order_of_their_batch(part):
     tower = made("registers")
     seen, (*_, batch) = [], batches(2)
-    batch = {name: x.flip(0) for name, x in batch.items()}  # the shortest image first
+    batch = {name: x.flip(0) for name, x in batch.items()}  # put the shortest image first
     for each in (tower, clipfast.apply_to_timm(copy.deepcopy(tower))):
         each.attn_pool.get_submodule(part).register_forward_hook(lambda _, given, __: seen.append(given[0]))
         each(batch)
@@ -167,7 +167,8 @@ def test_patches_that_our_op_would_embed_otherwise_are_left_to_timm(how, packed)
 
 def test_the_embedding_of_an_older_timm_is_known(packed, in_double):
     tower, patched = pair()
-    for name in ("channels_last", "pos_embed_antialias", "pos_embed_align_corners"):  # timm 1.0.24 lacks them
+    # timm 1.0.24 and older versions lack these attributes.
+    for name in ("channels_last", "pos_embed_antialias", "pos_embed_align_corners"):
         patched.embeds.__dict__.pop(name, None)
     (batch,) = batches(1)
     torch.testing.assert_close(patched(batch), tower(batch), rtol=0, atol=1e-12)

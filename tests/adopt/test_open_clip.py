@@ -106,7 +106,7 @@ def test_masks():
 
     x = torch.randn(2, 77, 48, dtype=torch.float64)
     other = torch.zeros(77, 77, dtype=torch.float64).masked_fill(torch.rand(77, 77) < 0.3, float("-inf"))
-    for mask in (None, other, model.attn_mask):  # the patched model holds a causal mask of its own
+    for mask in (None, other, model.attn_mask):  # masks other than the patched model's own, which is causal
         check(lambda each, mask=mask: each.transformer(x, mask))
     texts = shrunk.inputs(model)[1]
     for change in (lambda each: setattr(each, "attn_mask", other), lambda each: each.attn_mask.mul_(1).fill_(0)):
@@ -157,4 +157,4 @@ def test_a_decoders_slices_of_its_mask_are_causal():
 def test_every_configuration():
     library = table.LIBRARIES[0]
     for name in library.names():
-        table.measure(library, name)  # raises ValueError if a model's error exceeds its limit
+        table.measure(library, name)  # measure raises ValueError if a model's error exceeds its limit

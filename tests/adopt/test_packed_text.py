@@ -34,7 +34,7 @@ def texts_of(ends, above=0):
 def of_texts(model, texts):
     """Return the features of texts, and the gradients of a weighted sum of the features, by name."""
     model.zero_grad()
-    torch.manual_seed(1)  # so that dropout is equal in both models
+    torch.manual_seed(1)  # seed dropout equally for both models
     features = model.encode_text(texts)
     weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (features * weights.to(features.dtype)).sum().backward()

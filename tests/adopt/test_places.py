@@ -100,7 +100,8 @@ def test_hooks_fire_as_before(name):
         seen, handles = [], []
         for path, module in model.named_modules():
             for kind in ("forward", "forward_pre", "full_backward"):
-                if path and not path.endswith("head.attention.out_proj"):  # MultiheadAttention never calls it
+                # PyTorch's MultiheadAttention never calls its out_proj.
+                if path and not path.endswith("head.attention.out_proj"):
                     hook = getattr(module, f"register_{kind}_hook")
                     handles.append(hook(lambda *_, entry=(path, kind): seen.append(entry)))
         results(model, **options)
@@ -180,7 +181,7 @@ def test_compiled_as_one_graph():
     (graph,) = graphs
     called = " ".join(str(node.target) for node in graph.graph.nodes)
     assert [called.count(f"{op}_fwd") for op in ("attention_pool", "patch_embed", "text_embed")] == [2, 1, 1]
-    assert "multi_head_attention" not in called  # the mask of texts was known to be causal
+    assert "multi_head_attention" not in called  # the patched model has seen that the mask of texts is causal
     assert "scaled_dot_product" not in called
 
 
@@ -248,7 +249,7 @@ def test_what_others_replaced_is_theirs():
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "clip", "vit_base_patch16_siglip_224"])
 def test_a_patched_model_is_freed_without_the_garbage_collector(name):
-    made(name)  # imports the model's library before memory is watched
+    made(name)  # the first model imports the library, before garbage collection is switched off
     gc.collect()
     gc.disable()
     try:

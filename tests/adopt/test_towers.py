@@ -47,7 +47,8 @@ def configured(part, kind="CLIP", **changes):
 def test_bytes_are_normalised():
     model, patched = pair("ViT-B-32")
     images = torch.randint(0, 256, shrunk.inputs(model)[0].shape, dtype=torch.uint8)
-    with pytest.raises(RuntimeError):  # OpenCLIP's error: the model knows no mean of pixels
+    # OpenCLIP raises its own error, since the model does not know the mean of the pixels.
+    with pytest.raises(RuntimeError):
         patched.encode_image(images)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     patched.visual.image_mean, patched.visual.image_std = mean, std

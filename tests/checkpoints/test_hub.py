@@ -149,7 +149,8 @@ def test_all_files_are_of_one_commit(cache, hf_folder, monkeypatch):
     create_model("hf-hub:org/tiny", cache_dir=cache)
     assert set(asked) == {None, COMMIT}
     first = asked.index(COMMIT)
-    assert set(asked[first : asked.index(None, first)]) == {COMMIT}  # all files after a config, up to the next config
+    # All files between two downloads of a configuration are of one commit.
+    assert set(asked[first : asked.index(None, first)]) == {COMMIT}
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, 
         ours = create_model(tagged, "quick")
     assert ours.config == quick(CONFIGS["ViT"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the activation is the tag's, so there is no warning
+        warnings.simplefilter("error")  # no warning is expected, since the activation is that of the weights
         assert create_model(tagged, "quick", force_quick_gelu=True).config == ours.config
     assert_same(ours, open_clip.create_model(tagged, "quick", force_quick_gelu=True), ours.config)
     info = convert_checkpoint(f"{tagged}:quick", tmp_path / "out.pt", "clipfast")
@@ -226,7 +227,7 @@ def test_what_is_missing(name, pretrained, message, cache, tmp_path, vit, monkey
         (tmp_path / repository / "open_clip_config.json").write_text(json.dumps(described))
         fill(cache, f"org/{repository}", tmp_path / repository)
     if name == "hf-hub:org/bare":
-        create_model(name, load_weights=False)  # this needs no download of weights
+        create_model(name, load_weights=False)  # without weights, the model needs no download of them
     with pytest.raises(ValueError, match=message):
         create_model(name, pretrained)
 
@@ -262,7 +263,7 @@ def test_every_plain_model_of_open_clip_is_built():
     for name in open_clip.list_models():
         try:
             config = clipfast.models.CLIPConfig.from_dict(open_clip.get_model_config(name))
-        except ValueError:  # clipfast lacks this kind of tower
+        except ValueError:  # clipfast has no such tower
             continue
         assert clipfast.get_model_config(name) == config, name
         built += 1

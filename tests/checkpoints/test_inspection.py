@@ -69,7 +69,8 @@ def test_training_checkpoint_of_open_clip():
 def test_shapes_name_every_published_model(tmp_path):
     from clipfast.checkpoints.tensor_shapes import config_of_weights, models_of_shapes
 
-    twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}  # equally many patches, so equal shapes
+    # Both models have equally many patches, and so equal shapes.
+    twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}
     quick = {name for name in list_models() if f"{name}-quickgelu" in list_models()}
     for name in {*PUBLISHED, *quick}:
         expected = twins if name in twins else {name} | ({f"{name}-quickgelu"} if name in quick else set())
@@ -81,7 +82,7 @@ def test_shapes_name_every_published_model(tmp_path):
 
 
 def test_command(own, capsys, monkeypatch):
-    monkeypatch.setattr(CLIP, "__init__", None)  # fails if a model is built
+    monkeypatch.setattr(CLIP, "__init__", None)  # the command fails if it builds a model
     code, out, _ = run_command(capsys, "inspect-checkpoint", own, "--json", "info.json")
     assert code == 0
     info = json.loads(Path("info.json").read_text())

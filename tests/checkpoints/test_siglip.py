@@ -49,7 +49,7 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     model, first, hf, second = make_model(CONFIGS["mixed"]), *(tmp_path / name for name in ("first", "hf", "second"))
     model.visual.image_mean = (0.5, 0.25, 0.125)
     export_open_clip(model, first)
-    convert_checkpoint(first, "bare", "hf")  # warns that there is no tokenizer
+    convert_checkpoint(first, "bare", "hf")  # the conversion warns that there is no tokenizer
     assert f"bare has no tokenizer, because there is none beside {first}" in caplog.text
     save_tokenizer(first)
     convert_checkpoint(first, hf, "hf")

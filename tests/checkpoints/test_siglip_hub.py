@@ -20,7 +20,7 @@ from ..models.siglip import CONFIGS, inputs, known_to_timm, make_model, save_tok
 from .conftest import PICTURE, assert_same, same_bits, save_config
 from .test_hub import cache, fill, offline
 
-__all__ = ["cache", "offline"]  # fixtures
+__all__ = ["cache", "offline"]  # fixtures of test_hub.py, used here too
 
 
 @torch.no_grad()

@@ -119,8 +119,8 @@ class TestMachine:
     def test_folders(self, tmp_path, monkeypatch):
         monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
         assert {finding.status for finding in machine.folders(tmp_path / "runs")} == {OK}
-        assert list(tmp_path.iterdir()) == []  # the check leaves no file behind
-        (tmp_path / "runs").touch()  # a file in place of a folder
+        assert list(tmp_path.iterdir()) == []  # the check of folders leaves no file behind
+        (tmp_path / "runs").touch()  # a file is in the place of the folder for runs
         found = by_name(machine.folders(tmp_path / "runs/new"))
         assert (found["cache"].status, found["runs"].status) == (OK, PROBLEM)
         monkeypatch.setattr(machine, "free_bytes", lambda path: machine.LEAST_FREE - 1)
@@ -181,7 +181,8 @@ class TestData:
 
     def test_other_kinds_of_data(self, tmp_path):
         write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
-        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")  # shards elsewhere are not looked up by name
+        # Shards from a command are not looked up one by one.
+        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")
         assert found["shards"].value == "1,000 elsewhere"
         assert (found["pairs"].status, "indexed" in found) == (OK, False)
         (tmp_path / "folder").mkdir()

@@ -50,9 +50,9 @@ TOP = {"proc/self/cgroup": "0::/"}
 @pytest.mark.parametrize(
     ("machine", "cgroups", "available"),
     [
-        (60 * GIB, V2, 3 * GIB),  # limit 8, minus 7 in use, plus 2 of file caches
+        (60 * GIB, V2, 3 * GIB),  # available: limit 8, minus 7 in use, plus 2 of file caches
         (60 * GIB, V1, 3 * GIB),
-        (2 * GIB, CONTAINER, 2 * GIB),  # the machine has less than the cgroup
+        (2 * GIB, CONTAINER, 2 * GIB),  # the machine has less memory available than the cgroup
         (60 * GIB, CONTAINER, 7 * GIB),
         (GIB, TOP, GIB),
         (GIB, TOP | {"sys/fs/cgroup/memory.max": ""}, GIB),

@@ -108,7 +108,8 @@ def test_a_wrong_count(server, tmp_path):
     # the next start keeps the wrong counts, and so the order, until a full index is requested
     assert source.sizes == opened(*names).sizes == [8, 3]
     assert opened(*names, whole=True).sizes == [6, 3]
-    with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):  # has a count, but no file
+    # The shard has a count, but its file is missing.
+    with pytest.raises(SampleError, match=r"shard http://.*/2\.tar cannot be read"):
         opened(f"{server.url}/2.tar")
 
 
@@ -131,7 +132,8 @@ def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
     (tmp_path / f"0{STATS}").write_text("[]")
     assert opened(f"{tmp_path}/0.tar.gz").sizes == [1]
     assert "sizes.json is left out of account" in caplog.text
-    write_shard(tmp_path / "1.tar", [sample(0)])  # its wrong count below is not used, since local files are indexed
+    # sizes.json states a wrong count for this local shard, which is indexed and not looked up.
+    write_shard(tmp_path / "1.tar", [sample(0)])
     (tmp_path / "sizes.json").write_text('{"1.tar": 7}')
     assert opened(f"{tmp_path}/1.tar").sizes == [1]
 

@@ -84,7 +84,8 @@ def test_any_batch_can_be_the_first(shards, workers):
         assert all(equal(*pair) for pair in zip(whole[first:], rest, strict=True)), f"from batch {first}"
         assert sum(batch.bytes_read for batch in rest) == sum(batch.bytes_read for batch in whole[first:])
     texts = [text for batch in whole[:12] for text in texts_of(batch)]
-    assert set(Counter(texts).values()) == {4}  # 96 samples: 2 passes over 48 pairs, which have 24 texts
+    # The batches have 96 samples: two passes over 48 pairs, which have 24 texts.
+    assert set(Counter(texts).values()) == {4}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_closing_does_not_wait_for_busy_workers(dies, pinned, shards, monkeypatc
         with pytest.raises(ValueError, match=r"a data worker died: it (was killed by SIGKILL|has ended)"):
             next(loader)
     loader.close()
-    assert time.monotonic() - started < 20  # PyTorch by itself waits ten seconds per worker
+    assert time.monotonic() - started < 20  # PyTorch by itself waits ten seconds for each worker
     assert not workers & children()
 
 

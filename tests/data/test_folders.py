@@ -26,7 +26,7 @@ def test_folders(tmp_path):
         "b/c.d/my.photo.v2.JPG": b"1", "b/c.d/my.photo.v2.txt": b"one", "b/c.d/my.photo.txt": b"no image",
         "b/é.webp": b"2", "b/é.caption": b"two", ".hidden.jpg": b"no", "b/notes": b"no", "b/.jpg": b"no",
         os.fsdecode(b"\xff.jpg"): b"3", os.fsdecode(b"\xff.txt"): b"three",
-        "d/a.jpg": b"4", "d/a.JPG": b"5", "d/a.txt": b"a",  # two images share one text
+        "d/a.jpg": b"4", "d/a.JPG": b"5", "d/a.txt": b"a",  # two images share the text a.txt
     }.items():  # fmt: skip
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -66,7 +66,7 @@ def test_a_folder_that_changes_is_listed_again(tmp_path, change):
         (folder / "003.png").rename(folder / "zzz.png")
     if change == "add":
         (folder / "a/b/new.png").write_bytes(picture(3))
-    assert before.read(0)["txt"].decode() == TEXTS[0]  # the open source keeps its list of files
+    assert before.read(0)["txt"].decode() == TEXTS[0]  # the open source keeps the list of files with which it began
     shutil.rmtree(tmp_path / "cache" / "shards")
     with pytest.raises(SampleError, match=r"the shard (was replaced after|has \d+ bytes, and had)"):
         late.read(0)

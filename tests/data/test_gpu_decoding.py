@@ -58,8 +58,8 @@ def test_pixels_are_nearly_those_of_the_host(scale, subsampling):
     assert (found.shape, found.dtype) == ((5, 3, 96, 96), torch.uint8)
     whole, coarse = usual(files, scale=scale, oversampling=math.inf), usual(files, scale=scale)
     for ours, exact, usually in zip(found, whole, coarse, strict=True):
-        assert decibels(ours, exact) > 43  # not more: at a crop's edges, Pillow reads pixels beyond them
-        assert decibels(ours, usually) > 35  # the host decodes this file at a fraction of its size
+        assert decibels(ours, exact) > 43  # pixels at the edges differ, since Pillow reads pixels beyond the crop
+        assert decibels(ours, usually) > 35  # the host decodes this image at a fraction of its size
 
 
 def test_what_the_device_gets():
@@ -83,7 +83,7 @@ def test_what_the_device_gets():
     found, expected = batch.on(CPU), usual(mixed)
     assert torch.equal(found[[0, 2, 4]], expected[[0, 2, 4]])
     assert all(decibels(found[place], expected[place]) > 35 for place in (1, 3))
-    assert torch.equal(batch_of(mixed[:1]).on(CPU), expected[:1])  # a batch of host-decoded images
+    assert torch.equal(batch_of(mixed[:1]).on(CPU), expected[:1])  # this batch has only images that the host decodes
 
 
 def damaged(data, rng):
@@ -155,7 +155,7 @@ def test_the_host_decodes_what_the_device_refuses(caplog):
     assert len(caplog.records) == 1
     with (
         mock.patch("torchvision.io.decode_jpeg", side_effect=torch.OutOfMemoryError("full")),
-        pytest.raises(torch.OutOfMemoryError),  # must not be taken for a refused file
+        pytest.raises(torch.OutOfMemoryError),  # a lack of memory must not be taken for a refused file
     ):
         batch_of(files).on(CPU)
 

@@ -40,7 +40,7 @@ def test_known_shards_are_indexed_again_if_they_or_their_entries_change(tmp_path
     paths = [str(write_shard(tmp_path / f"{n}.tar", n)) for n in (3, 5)]
     first = list(index.shards(paths))
     with monkeypatch.context() as patch:
-        patch.setattr("clipfast.data.index.format_of", None)  # indexing a shard would call it
+        patch.setattr("clipfast.data.index.format_of", None)  # the index would call this function to read a shard
         assert list(index.shards(paths)) == first
     write_shard(tmp_path / "3.tar", 4)
     os.utime(tmp_path / "3.tar", ns=(1, 1))

@@ -97,7 +97,7 @@ def test_no_two_of_a_kind_in_a_batch(kinds, batch_size, window):
     for batch in whole.sample.reshape(-1, batch_size):
         assert len(set(alike[batch].tolist())) == batch_size
     seen = [len(set(part.tolist())) for part in whole.sample.reshape(3, -1)]
-    assert min(seen) > 0.9 * len(unique)  # up to 10% are replaced, to keep identities distinct
+    assert min(seen) > 0.9 * len(unique)  # up to 10% of the samples are replaced, to keep identities distinct
     if kinds == 400:
         assert set(seen) == {len(unique)}
     check_stretches(unique, whole)

@@ -56,7 +56,7 @@ def test_values_that_are_not_json(tmp_path):
     table = pa.table({
         "png": [b"x"],
         "when": [moment],
-        "late": pa.array([2**60], pa.timestamp("ms")),  # a year beyond Python's range
+        "late": pa.array([2**60], pa.timestamp("ms")),  # this time is a year beyond Python's range
         "price": pa.array([decimal.Decimal("1.50")]),
         "nested": [{"inner": [b"bytes", b""], "infinite": float("inf"), "text": "é"}],
         "pairs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
@@ -143,7 +143,7 @@ DAMAGE = {
     "no bytes": ("stream", lambda data: b"", NO_ARROW),
     "no end": ("stream", lambda data: data[:-8], "do not end as an Arrow stream does"),
     "zeros": ("stream", zeroed_batch, r"its end mark stands at byte \d+ of \d+"),
-    "offsets": ("stream", wild_offsets, "it is damaged"),  # pyarrow would read foreign memory, or crash
+    "offsets": ("stream", wild_offsets, "it is damaged"),  # pyarrow by itself would read foreign memory, or crash
     "offsets in a file": ("file", wild_offsets, "it is damaged"),
     "footer": ("file", short_footer, "it has 5 batches of rows, but its footer lists 4"),
 }
@@ -160,7 +160,7 @@ def test_damage_is_named(case, whole, tmp_path):
     with pytest.raises(SampleError, match=rf"x\.(arrow|parquet) cannot be read: .*{message}"):
         # a damaged value is found when the shard is copied
         opened(path, whole=whole).read(0)
-    assert form == "parquet" or contained._reader is None  # the reader is ended: it may be harmed
+    assert form == "parquet" or contained._reader is None  # a process that has met a damaged file is ended
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_few_rows_are_in_memory_at_once(tmp_path):
             most = max(most, pa.total_allocated_bytes() - before)
     _, python = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most + python < 15e6  # the file has 50 MB
+    assert most + python < 15e6  # rows take less than 15 MB of memory, and the file has 50 MB
 
 
 def test_a_file_that_was_replaced(tmp_path):
@@ -210,7 +210,7 @@ def test_a_file_that_was_replaced(tmp_path):
     assert fields(used.read(3))["key"] == "000000003"
     write_parquet(path, downloaded(20, first=100))
     os.utime(path, ns=(1, 1))
-    assert fields(used.read(4))["key"] == "000000004"  # from the copy of the old file
+    assert fields(used.read(4))["key"] == "000000004"  # the row comes from the copy of the old file
     with pytest.raises(SampleError, match="the shard was replaced after its samples were counted"):
         counted.read(3)
     again = opened(path)
@@ -234,7 +234,7 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_pat
     assert opened(path).sizes == [20]
     contained._reader.kill()
     contained._reader.wait()
-    assert opened(path).sizes == [20]  # a new reader process is started
+    assert opened(path).sizes == [20]  # a new process is started to read Parquet
     contained._end()
     with monkeypatch.context() as patch:
         patch.setattr(contained, "PROGRAM", f"import os; input(); os.kill(os.getpid(), {number})")
@@ -262,7 +262,7 @@ def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(
     copying = threading.Thread(target=opened, args=[path], kwargs={"whole": True}, daemon=True)
     copying.start()
     assert waiting.wait(30)
-    child.start()  # the main thread forks data workers, too
+    child.start()  # the main thread forks the child, as it forks data workers
     forked.set()
     copying.join(30)
     lives = child.is_alive()

@@ -111,7 +111,7 @@ def test_files_are_decoded_as_coarsely_as_the_crop_allows():
 
 
 def test_a_coarse_file_has_the_size_of_a_whole_one():
-    data = jpeg(Image.new("L", (1001, 667)))  # decoded at an eighth, 126 x 84, it has another aspect
+    data = jpeg(Image.new("L", (1001, 667)))  # decoded at an eighth of its size, 126 x 84, the image has another aspect
     for seed in range(100):
         shapes = []
         for oversampling in (1, math.inf):
@@ -125,7 +125,7 @@ def test_augmentations_of_aug_cfg():
         {"use_timm": True, "naflex": True, "scale": (0.4, 1.0), "color_jitter": 0.3}, naflex=True
     )
     assert (options["scale"], options["ratio"]) == ((0.4, 1.0), (3 / 4, 4 / 3))
-    (jitter,) = options["augment"]  # as in timm, all images are changed
+    (jitter,) = options["augment"]  # colours of all images are changed, as in timm
     assert (jitter.brightness, jitter.saturation, jitter.hue) == ((0.7, 1.3), (0.7, 1.3), None)
     assert training_options({"use_timm": True, "color_jitter": (0.1, 0.1, 0.1, 0.2)}, naflex=True)["augment"]
     for key, message in (("gray_scale_prob", "OpenCLIP ignores gray_scale_prob"), ("re_prob", "which OpenCLIP leaves")):

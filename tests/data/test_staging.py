@@ -86,13 +86,13 @@ def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, 
         return sum(file.endswith(".tar (deleted)") for file in open_files(tmp_path))
 
     monkeypatch.setattr("clipfast.data.source.IDLE", 6)
-    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # the samples of the first four shards, twice around
+    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # read the samples of the first four shards, twice around
         copied.read(number)
     assert removed_and_open() == 2
     for _ in range(6):
         copied.read(6)
     copied.read(8)
-    assert removed_and_open() == 1  # only the copy that was removed last, not yet idle
+    assert removed_and_open() == 1  # the only open copy of these is the one that was removed last
     assert copied.read(0)["txt"] == sample(0)["txt"]
     copied.close()
     assert len(identities(copied, "caption")) == 10
@@ -119,13 +119,14 @@ def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr(staging, "_copy", limited)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free()))
-    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"  # of a killed process, of a running one
+    # Files of a killed process and of a running process.
+    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"
     left.touch()
     written.touch()
     with staging.exclusive(folder / staging.LOCKS / "written.tar"):
         for number in range(10):
             copied.read(number)
-            assert free() >= capacity // 10  # a tenth is kept free for other files
+            assert free() >= capacity // 10  # a tenth of the disk is kept free for other files
     assert (left.exists(), written.exists()) == (False, True)
     copied.close()
     capacity = size * 2  # other files leave space for two copies
@@ -162,12 +163,12 @@ def test_a_server_that_sends_no_parts(server, tmp_path):
     write_parquet(tmp_path / "web" / "s.parquet", rows)
     source = opened(f"{server.url}/s.parquet")
     assert source.sizes == [20]
-    assert source.shards[0].counted_in is None  # no file of counts, so the shard was copied
+    assert source.shards[0].counted_in is None  # the server has no file of counts, so the shard was copied
     counts = Counts()
     assert counts.of(f"{server.url}/s.parquet") is None
     asked = server.asked
     assert counts.of(f"{server.url}/s.1.parquet") is None
-    assert server.asked == asked  # one request finds that a whole folder has no counts
+    assert server.asked == asked  # one request has told that no shard of the folder has a file of counts
     with pytest.raises(SampleError, match=r"gone\.parquet cannot be read"):
         opened(f"{server.url}/gone.parquet")
 

@@ -102,7 +102,8 @@ def test_a_picture_depends_on_its_number_alone(size, two_threads):
     assert torch.equal(together, alone)
     assert not torch.equal(together, pictures(range(300, 320), size, seed=1))
     images = drawings(SyntheticSource(9).scenes(range(9)), size).on(torch.device("meta"))
-    assert (images.device.type, images.shape) == ("meta", (9, 3, size, size))  # drawn on the given device
+    # The pictures are drawn on the given device.
+    assert (images.device.type, images.shape) == ("meta", (9, 3, size, size))
 
 
 def test_reading_gives_the_pixels_of_the_batch():
@@ -153,7 +154,8 @@ def test_captions_say_what_can_be_seen():
         frame = says["background"] if says["frame"] == "none" else says["frame"]
         assert near(frame)[[0, 0, -1, -1], [0, -1, 0, -1]].all()
         rows, columns = np.nonzero(near(says["colour"]) & inner)
-        if says["shape"] not in ("half circle", "triangle", "star"):  # not centred in their boxes
+        # These shapes are not centred in their bounding boxes.
+        if says["shape"] not in ("half circle", "triangle", "star"):
             middle = [(some.max() + some.min() + 1) / 2 / size for some in (rows, columns)]
             row, column = (int((x - 0.5) / 0.19 + 1.5) for x in middle)
             assert PLACES[3 * row + column] == says["place"]
@@ -189,7 +191,8 @@ def test_no_caption_twice_in_a_batch():
     source = SyntheticSource(3000)
     known = identities(source, "caption")
     assert len(np.unique(known)) == len(set(captions(source.scenes(range(3000))))) < 3000
-    with mock.patch.object(SyntheticSource, "read", side_effect=AssertionError):  # identities are cached
+    # The identities are cached, so that no pair is read.
+    with mock.patch.object(SyntheticSource, "read", side_effect=AssertionError):
         assert np.array_equal(identities(SyntheticSource(3000), "caption"), known)
     made = batches([source], 1000)
     made.order = Unique(made.order, [known], 1000)
@@ -281,7 +284,7 @@ def test_captions_of_scenes_are_true_and_wrong_ones_are_not():
 def test_training_draws_no_combination_of_a_test():
     trained, tested = (set(map(combination, scenes(make))) for make in (training_scene, held_out_scene))
     assert not trained & tested
-    for some in (trained, tested):  # both have every colour and every shape
+    for some in (trained, tested):  # training and held-out scenes both have every colour and every shape
         assert frozenset().union(*(colours for colours, _ in some)) == set(COLOURS)
         assert frozenset().union(*(shapes for _, shapes in some)) == set(SHAPES)
 

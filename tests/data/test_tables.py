@@ -145,7 +145,8 @@ def test_a_quote_that_nothing_closes_loses_what_it_swallows(tmp_path):
     ("name", "header", "texts"),
     [
         ("t.tsv", ("filepath", "title"), ('"Mind the gap', 'the end"')),
-        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),  # its quote ends the stray one
+        # The second row's quote ends the stray quote.
+        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),
         ("t.csv", ("n", "title", "filepath"), ('"Mind the gap', '"the end"')),
     ],
 )
@@ -158,7 +159,7 @@ def test_rows_that_a_stray_quote_swallows_are_lost_by_name(tmp_path, name, heade
     (tmp_path / name).write_text("\n".join(map(separator.join, [header, *rows])) + "\n")
     source = opened(tmp_path / name)
     ((place, lost),) = source.shards[0].damage.items()
-    assert place.startswith("line 13: a quote")  # the line with the stray quote of rows[10]
+    assert place.startswith("line 13: a quote")  # line 13 has the stray quote of rows[10]
     assert (lost, source.sizes) == (11, [29])
     assert caption(source.read(5, NO_IMAGE)).startswith("two lines,")
 
@@ -306,7 +307,8 @@ def test_batches_are_the_same_from_every_source(sources):
     made = [pair_loader(batches(shard), 0, 4, shard.suffix == ".parquet") for shard in sources]
     for first, *others in zip(*made, strict=True):
         assert first.skipped == []
-        assert first.images.dtype == torch.uint8  # float32 takes four times the bytes
+        # Pixels in float32 would take four times the bytes on the way to a GPU.
+        assert first.images.dtype == torch.uint8
         for other in others:
             assert torch.equal(first.images, other.images)
             assert torch.equal(first.texts, other.texts)

@@ -142,7 +142,7 @@ def test_every_pair_is_read_or_counted_as_lost(corrupt, read):
     for seed in range(30):
         whole, lost = counted(read(corrupt(pairs(seed=seed), rng)))
         assert len(whole) + lost >= PAIRS, f"seed {seed}"
-        assert len(whole) >= PAIRS - 30  # pairs outside of the damage are read
+        assert len(whole) >= PAIRS - 30  # all pairs outside of the damage are read
 
 
 def test_damage_costs_no_more_than_it_must(read):
@@ -158,7 +158,8 @@ def test_damage_costs_no_more_than_it_must(read):
     broken[124:136] = b"-0000002000\0"  # a size of minus one block, which leads back to the header itself
     broken[148:156] = b"%06o\0 " % (sum(broken[:148]) + 8 * 32 + sum(broken[156:512]))
     assert len(counted(read(bytes(broken)))[0]) == PAIRS - 1
-    for cut in range(600, len(data) - 11000, 9999):  # how many pairs followed is not known
+    # A cut-off counts as one loss, since the number of pairs that followed is not known.
+    for cut in range(600, len(data) - 11000, 9999):
         assert counted(read(data[:cut]))[1] == 1
     for bad in (data + bytes(50000), archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})):
         assert list(read(bad)[0].shards[0].damage.values()) == [1]

@@ -112,12 +112,13 @@ def test_a_planted_bias_is_found_with_its_size(by_colour, tmp_path, capsys):
     assert above["labels"]["red"] == crime
     assert counts(above["labels"]["green"])["z"] == 60
     few, retrieval = race["retrieval"]
-    assert few["queries"][0]["groups"] == {"x": 3, "y": 0, "z": 0}  # groups that are too small are left out
+    assert few["queries"][0]["groups"] == {"x": 3, "y": 0, "z": 0}  # groups with too few people are left out
     assert retrieval["queries"][0]["groups"] == {"x": 30, "y": 0, "z": 0}
     assert (retrieval["queries"][0]["max_skew_group"], retrieval["queries"][0]["p_value"]) == ("x", 1e-4)
     assert retrieval["mean_max_skew"] == pytest.approx(math.log(3))
     assert age["categories"]["crime"]["p_value"] > 0.05
-    assert len(both["images"]) == 7  # 3 races times 2 ages, and one person of "tiny"
+    # Examples are shown of 3 races times 2 ages, and of the one person of the group "tiny".
+    assert len(both["images"]) == 7
     assert "tiny (not compared)" in out
     assert "30.0% (21.9-39.6)" in out
     assert "<svg" in (tmp_path / "p.svg").read_text()

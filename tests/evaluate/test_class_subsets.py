@@ -23,7 +23,7 @@ def images_of(labels, features):
 @pytest.mark.parametrize("base", [BASE, NUMBERS], ids=["wnids", "numbers"])
 def test_the_numbers_of_all_classes_mean_them_in_order_and_those_of_another_list_are_refused(base):
     """CLIP_benchmark numbers the 200 classes of ImageNet-A from 0. They must not be taken for ImageNet's numbers."""
-    found = match_classes(base, sorted(NUMBERS), None, "v2")  # as text, "10" comes before "2"
+    found = match_classes(base, sorted(NUMBERS), None, "v2")  # sorted as texts, the class "10" comes before "2"
     assert found == {number: (int(number),) for number in NUMBERS}
     for first in (0, 1):
         labels = [str(first + number) for number in range(200)]
@@ -96,7 +96,7 @@ def objectnet(folder):
     """Write three classes in ObjectNet's layout: the first is one class of ImageNet, the second two, the third none."""
     for name in ("alarm_clock", "bench", "air_freshener"):
         picture_in(folder / "images" / name)
-    (folder / "images" / "broken").mkdir()  # not a class that ImageNet has, so the folder must not be read
+    (folder / "images" / "broken").mkdir()  # ImageNet has no class "broken", so this folder must not be read
     mappings = folder / "mappings"
     mappings.mkdir()
     labels = {"alarm_clock": "Alarm clock", "bench": "Bench", "air_freshener": "Air freshener"}

@@ -214,7 +214,8 @@ WRONG = {
     "{tmp}/none.json": "record 0 of {tmp}/none.json has no text as 'negative_caption' but []",
     "{tmp}/box.json": "record 0 of {tmp}/box.json has no numbers in bbox_x, ",
     "{tmp}/record.json --images nowhere": "--images nowhere: there is no such folder",
-    "::".join(f"{number}.tar" for number in range(2000)): "no such shard: 0.tar",  # longer than a file name may be
+    # This list of shards is longer than the name of a file may be.
+    "::".join(f"{number}.tar" for number in range(2000)): "no such shard: 0.tar",
 }
 
 

@@ -31,7 +31,8 @@ def test_the_line_is_that_of_least_squares_on_log_odds():
 def test_what_lies_on_the_line_has_no_effective_robustness():
     points = [Point("a", 0.2, 0.1), Point("b", 0.9, 0.7)]
     line = fit([*points, Point("none", 0.0, 0.0), Point("all", 0.95, 1.0)], "r")
-    assert line.points == tuple(points)  # the other points have no finite log-odds
+    # Points with an accuracy of 0 or 1 have no finite log-odds, and are left out of the line.
+    assert line.points == tuple(points)
     for point in points:
         assert figures(point.base, point.shift, line)["effective"] == pytest.approx(0, abs=1e-12)
     expected = {"drop": 0.1, "relative_drop": 1 / 9, "expected": 0.7, "effective": 0.1}

@@ -95,7 +95,7 @@ def test_equal_to_open_clip(monkeypatch):
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
     args = SimpleNamespace(device="cpu", precision="fp32", rank=0, batch_size=32)
     batches = list(zip(pixels.split(32), classes.split(32), strict=True))
-    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # its name in OpenCLIP 3.3 is run
+    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # OpenCLIP 3.3 calls this function run
     shares = run(theirs.model, expected, batches, args)
     assert 0 < shares[1] < 1
     labels = [CLASSES[number] for number in classes.tolist()]

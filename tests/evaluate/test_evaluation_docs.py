@@ -56,7 +56,8 @@ def test_command(command, folder, monkeypatch, capsys):
     # The test replaces the page's emoji and scenes by fewer images, which takes less time.
     arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
     arguments = [re.sub(r"^(\w+=)?bundled:\S+", r"\1photos", word) for word in arguments]
-    if program == "torchrun":  # the tests of each task compare ranks with one process
+    # The commands run without torchrun here; the tests of each task compare ranks with one process.
+    if program == "torchrun":
         assert arguments[:5] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
         program, arguments = "clipfast", arguments[5:]
     assert program == "clipfast"

@@ -32,7 +32,7 @@ def some_features(features, digests):
 def test_pairs_are_the_best_of_the_whole_matrix_and_equal_pixels_come_first():
     test, train = (F.normalize(torch.randn(count, 8), dim=1) for count in (50, 70))
     digests = list(range(100, 170))
-    digests[20] = digests[40] = 7  # equal to the pixels of test image 7
+    digests[20] = digests[40] = 7  # training images 20 and 40 have the pixels of test image 7
     found = pair(some_features(test, range(50)), some_features(train, digests))
     scores = test @ train.T
     expected = scores.argmax(1)
@@ -41,7 +41,7 @@ def test_pairs_are_the_best_of_the_whole_matrix_and_equal_pixels_come_first():
     assert found.same.tolist() == [number == 7 for number in range(50)]
     assert found.similarity[7] == 1.0 > scores[7, 20]
     torch.testing.assert_close(found.similarity.where(~found.same, 0), scores.max(1).values.where(~found.same, 0))
-    assert found.overlap(scores.max(1).values[3].item())[3]  # a similarity equal to the threshold counts
+    assert found.overlap(scores.max(1).values[3].item())[3]  # a similarity that equals the threshold counts as overlap
     assert pair(some_features(2 * test, range(50)), some_features(train, digests)).similarity.max() == 1.0
 
 
@@ -134,7 +134,8 @@ def test_a_picture_of_one_colour_is_like_no_other():
 
 @pytest.mark.long
 def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys, monkeypatch):
-    kept = "--by pixels --features {at}/f --label-by label "  # only the test set has labels
+    # Only the test set has labels, so training images lack them.
+    kept = "--by pixels --features {at}/f --label-by label "
     outputs = "--json {at}/r.json --write {at}/pairs.tsv --html {at}/p.html --plot {at}/p.svg --table "
     out, err = printed(capsys, *command(sets, kept + outputs + "--plant 7 --pairs 12", at=tmp_path))
     assert "left out train.tar/068" in err
@@ -150,12 +151,12 @@ def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys, monk
     assert re.search(r"\n0\.95 +8 +20\.0%", out)
     assert "<svg" in (tmp_path / "p.svg").read_text()
     page = (tmp_path / "p.html").read_text()
-    check_page(page, 2 * (8 + 3), 48, 24)  # one edit halves the size
+    check_page(page, 2 * (8 + 3), 48, 24)  # an edited copy has half the size of its image
     assert not re.search("<i>|this&that", page)
     assert re.search("this&amp;that.*&lt;i&gt;", page, re.DOTALL)
     closeness = re.findall(r"<figcaption>(equal pixels|[0-9.]+): thing", page)
     assert closeness == sorted(closeness, reverse=True)
-    monkeypatch.setattr(Encoder, "images", None)  # fails if an image is encoded again
+    monkeypatch.setattr(Encoder, "images", None)  # the test fails if an image is encoded again
     assert evaluated(capsys, *command(sets, kept, at=tmp_path))["metrics"] == found["metrics"]
 
 

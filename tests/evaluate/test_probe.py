@@ -87,7 +87,7 @@ def test_the_gradient_vanishes_at_the_solution():
 def test_blocks_change_nothing(monkeypatch):
     train, _ = drawn(150, 20, 5)
     whole = TorchSolver(train).fit(10.0)
-    monkeypatch.setattr(probe_fit, "BLOCK", 35)  # blocks of 7 rows
+    monkeypatch.setattr(probe_fit, "BLOCK", 35)  # the solver computes in blocks of 7 rows
     torch.testing.assert_close(TorchSolver(train).fit(10.0).weights, whole.weights, rtol=0, atol=1e-6)
 
 

@@ -46,7 +46,8 @@ def test_recall_is_that_of_the_definition():
 def test_a_tie_counts_as_wrong():
     features, owner = F.normalize(torch.ones(6, 4), dim=-1), torch.arange(12) // 2
     assert recalls(features, features[owner], owner, 5) == (0.0, 0.0)
-    assert recalls(features, features[owner], owner, 6) == (1.0, 0.0)  # equal scores: 10 captions are ahead
+    # All scores are equal, so that the ten captions of other images rank ahead.
+    assert recalls(features, features[owner], owner, 6) == (1.0, 0.0)
 
 
 def several(index):

@@ -55,7 +55,7 @@ def command(data, words, *more, model="perfect"):
 
 
 def test_a_perfect_model_is_right_and_loses_nothing(data, capsys, tmp_path):
-    picture = tmp_path / "p.svg"  # the plot of an accuracy of 1, whose log-odds are infinite
+    picture = tmp_path / "p.svg"  # the plot shows accuracies of 1, whose log-odds are infinite
     out, err = printed(capsys, *command(data, NATURAL + "--synthetic blur jpeg", "--plot", picture))
     results = json.loads(out)
     assert "<svg" in picture.read_text()
@@ -119,7 +119,8 @@ def test_outputs(data, capsys, tmp_path):
     )
     hue = [f"{row['metrics']['acc1']:.1%}" for row in results["synthetic"] if row["shift"] == "hue"]
     rows = [line.split() for line in out.splitlines() if line.startswith("hue ")]
-    assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]  # each model's table of strengths, after that of shifts
+    # A model's row in the table of strengths follows its row in the table of shifts.
+    assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]
     for name in ("p.png", "e.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 

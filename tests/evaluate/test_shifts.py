@@ -74,7 +74,8 @@ def test_noise_has_the_spread_that_is_stated():
     expected = {224: 0.08, 448: 0.08, 32: 0.08 * (32 / 224) ** 0.5}
     assert spread == {side: pytest.approx(value, rel=0.1 if side == 32 else 0.02) for side, value in expected.items()}
     blocks = np.asarray(Shift("noise", 1)(grey[448])).reshape(224, 2, 224, 2, 3)
-    assert (blocks == blocks[:, :1, :, :1]).all()  # noise for images of 224, in squares of 2 pixels
+    # Noise is that of an image of 224 pixels, so here it has squares of two pixels.
+    assert (blocks == blocks[:, :1, :, :1]).all()
 
 
 def test_jpeg_is_that_of_pillow_at_224_pixels():
@@ -128,5 +129,5 @@ def test_features_of_shifts_are_the_same_with_workers_and_kept_apart(tmp_path):
             assert torch.equal(
                 one.features, encoder.images(torch.stack([encoder.transform(shift(x.image)) for x in images]))
             )
-            assert one.digests == found[0].digests  # the digests are those of the unchanged images
+            assert one.digests == found[0].digests  # the digests are those of the images before the shift
     assert len({str(one.features) for one in found}) == len(list(store.folder.glob("images/*"))) == 4

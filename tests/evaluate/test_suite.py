@@ -105,13 +105,14 @@ def test_all_models_see_each_image_once_and_texts_are_encoded_once(tmp_path, mon
     for one in find_sets(tmp_path).sets:
         done = evaluate_set(one, encoders, wanted, Settings(probe=True), store)
         assert [(x.task, x.model) for x in done if x.score] == [(task, n) for task in wanted for n in wanted[task]]
-    assert [count.call_count for count in counts] == [2 * (10 + 10), 3]  # the two sets share their prompts
+    # The two sets have the same class names, so their prompts are encoded once.
+    assert [count.call_count for count in counts] == [2 * (10 + 10), 3]
 
 
 def test_the_command_writes_what_clip_benchmark_would(root, models, tmp_path, capsys):
     outputs = split("--json {at}/all.json --plot {at}/p.png --html {at}/p.html --table", at=tmp_path)
     code, out, err = run_command(capsys, *arguments(root, models, tmp_path / "out", *outputs))
-    assert code == 1, err  # one set is incomplete
+    assert code == 1, err  # the exit code is 1, since one set is incomplete
     assert "37 sets are not there: imagenet1k, " in err
     assert "left out mnist: classnames.txt is missing" in err
     found = contents(tmp_path / "out")
@@ -154,7 +155,7 @@ def test_names_on_the_page_are_text():
     page = suite_page(results, [], rows_of(results, every=True))
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(") >= 6
-    assert page.count('<td data-value="-1.0">-</td>') == 3  # no acc5, and no results of the second model
+    assert page.count('<td data-value="-1.0">-</td>') == 3  # the table has no acc5, and no results of the second model
 
 
 @pytest.mark.long

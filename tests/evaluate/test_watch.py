@@ -98,7 +98,7 @@ def test_nothing_is_evaluated_twice(run, shards):
 def test_a_kill_within_the_watch_loses_one_evaluation_at_most(run, shards):
     next(watching(run, shards).run(0.01))
     with (run.path / watch.NAME).open("a") as file:
-        file.write('{"step": 8, "wei')  # a line that a kill has cut short
+        file.write('{"step": 8, "wei')  # a kill has cut this line of results short
     assert steps_of(run, shards) == [8]
     assert steps_of(run, shards) == []
 

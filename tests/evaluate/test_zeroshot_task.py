@@ -95,7 +95,7 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     page = (tmp_path / "p.html").read_text()
     check_page(page, page.count("<figure"), 24)
     shown = {name for row in full["worst_classes"] for name in (row["class"], *row["taken_for"])}
-    assert HOSTILE in shown  # or else the page would show no hostile text
+    assert HOSTILE in shown  # the page must show hostile text, or the next line would test nothing
     assert html.escape(HOSTILE) in page
     assert page.count("<h2>") == 3
 
@@ -110,7 +110,8 @@ def test_groups_are_shown_and_nothing_of_classes_with_one_image_each(model, tmp_
     assert ["without", "odd"] in [row[:2] for row in rows]
     assert found["without"] == {"groups": ["odd"], "zero_shot": found["by_group"]["even"]}
     assert "worst classes" not in out
-    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)  # acc5 needs five classes
+    # With fewer than five classes, there is no acc5.
+    assert (found["metrics"]["acc5"], found["intervals"]["acc5"]) == (None, None)
 
 
 WRONG = {

@@ -16,8 +16,8 @@ def test_live_bytes_and_flops():
         ledger.phase = "later"
         two = torch.cat([one, one])  # the tensor ``two`` takes 8000 bytes
         del one
-        torch.zeros(1000)  # takes 4000 bytes, in the place of the deleted tensor ``one``
-        torch.mm(two.view(50, 40), two.view(40, 50), out=torch.empty(50, 50))  # takes 10000 bytes
+        torch.zeros(1000)  # the zeros take 4000 bytes, in the place of the deleted tensor ``one``
+        torch.mm(two.view(50, 40), two.view(40, 50), out=torch.empty(50, 50))  # the product takes 10000 bytes
         torch.zeros(50, 50).addmm_(two.view(50, 40), two.view(40, 50))
     assert ledger.peak == {"": 4000, "kept": 18000}
     assert sum(event.flops for event in ledger.events) == 2 * 2 * 50 * 50 * 40

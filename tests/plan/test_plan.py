@@ -115,7 +115,7 @@ def test_memory_on_a_gpu(mode, dtype):
     major, _ = torch.cuda.get_device_capability()
     card = next(card for card in CARDS.values() if card.arch == 10 * major)
     image, text = (F.normalize(torch.randn(8192, 512, device="cuda"), dim=-1).to(dtype) for _ in range(2))
-    for _ in range(2):  # the first call compiles
+    for _ in range(2):  # the first of the two calls compiles the kernels
         sides = [side.detach().requires_grad_() for side in (image, text)]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -234,7 +234,7 @@ def marking_copies(ledger):
             ledger.phase = phase
 
     with contextlib.ExitStack() as stack:
-        for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # the second is new in PyTorch 2.13
+        for name in ("reduce_scatter_tensor", "reduce_scatter_single"):  # reduce_scatter_single is new in PyTorch 2.13
             if hasattr(dist, name):
                 replaced = functools.partial(marked, getattr(dist, name))
                 stack.enter_context(mock.patch.object(dist, name, replaced))

@@ -47,7 +47,7 @@ def test_similar_ones_of_an_item_are_others(desk, embeddings):
 def test_it_starts_with_pictures_and_with_queries_that_find_what_they_say(desk, encoder):
     assert rows(desk.start()) == list(range(9))
     texts = encoder.texts(["one", "two", "three"])
-    captions = {"caption": ["one", "<b>", "three"]}  # "<b>" is not the embedded text, "two"
+    captions = {"caption": ["one", "<b>", "three"]}  # the caption "<b>" is false: the embedded text is "two"
     for metadata, expected in ((captions, ["one", "three"]), (None, [])):
         known = Desk(Embeddings(texts, metadata), encoder, Pictures([])).samples()
         assert re.findall('data-words="(.*?)"', known) == expected
@@ -141,7 +141,7 @@ def test_an_error_is_a_message(function, expected, given, desk, folder, caplog):
     found = answer(getattr(desk, function), *arguments.values())
     assert 'role="alert"' in found
     assert expected in found
-    assert not caplog.records  # no unexpected error was logged
+    assert not caplog.records  # the app has logged no unexpected error
 
 
 def test_a_model_of_another_width_and_no_items(encoder, embeddings):

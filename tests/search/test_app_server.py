@@ -49,7 +49,8 @@ def test_the_guard_serves_uploads_alone(tmp_path):
     for file in ("/etc/passwd", outside, f"{uploads}/link.png", f"{uploads}/../outside.png", "http://a.b/c", "a\0", ""):
         for prefix in ("/file=", "/file/", "/gradio_api/file=", "/gradio_api/file/", "/gradio_api/proxy="):
             assert guarded(f"{prefix}{file}", uploads)[0] == 403, (prefix, file)
-    status, headers = guarded("/", uploads, sec_fetch_site="cross-site")  # a link to the page
+    # The request follows a link from another site to the page.
+    status, headers = guarded("/", uploads, sec_fetch_site="cross-site")
     assert (status, headers[b"content-security-policy"]) == (200, POLICY.encode())
 
 
@@ -64,7 +65,7 @@ def test_only_its_own_page_and_programs_may_ask(tmp_path):
         (200, call, {}),  # a program, unlike a browser, sends no origin
         (403, call, {"origin": "http://evil.example"}),
         (403, call, {"origin": "null"}),
-        (403, call, {"origin": f"http://{HOME}1"}),  # another port of this machine
+        (403, call, {"origin": f"http://{HOME}1"}),  # the origin is another port of this machine
         (403, call, {"sec_fetch_site": "same-site"}),
         (403, "/config", {"sec_fetch_site": "cross-site"}),
     ):
@@ -101,7 +102,8 @@ def served(desk):
 def ask(port, path, *, method="GET", body=None, headers=None):
     """Send a request to the search app, and return its answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request(method, path, body, headers or {})  # http.client sends the path unchanged
+    # http.client sends the path as it is, and does not normalise it.
+    connection.request(method, path, body, headers or {})
     answered = connection.getresponse()
     found = answered.status, answered.read()
     connection.close()
@@ -182,7 +184,7 @@ def test_only_this_machine_by_its_own_name(served):
     with socket.socket() as other:
         assert other.connect_ex(("127.0.0.1", served)) == 0
     with socket.socket() as other:
-        assert other.connect_ex(("127.0.0.2", served)) != 0  # only 127.0.0.1 is listened on
+        assert other.connect_ex(("127.0.0.2", served)) != 0  # the server listens on 127.0.0.1 only
 
 
 @pytest.mark.long

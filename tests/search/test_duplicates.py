@@ -15,13 +15,14 @@ def planted():
     """Return embeddings with near duplicates: copies, a chain, clusters, equal digests, and pictures of equal sizes."""
     random = np.random.default_rng(0)
     x, texts = random.standard_normal((2, 200, 16))
-    for place in range(1, 60):  # a chain of near duplicates
+    for place in range(1, 60):  # items 0 to 59 are a chain of near duplicates
         x[place] = x[place - 1] / np.linalg.norm(x[place - 1]) + 0.04 * random.standard_normal(16)
-    for own in np.split(np.arange(60, 120), 5):  # clusters, whose last three members differ only in length
+    for own in np.split(np.arange(60, 120), 5):  # items of each cluster are alike; the last three differ only in length
         x[own] = x[own[0]] + 0.2 * random.standard_normal((12, 16))
         x[own[-3:]] = x[own[-1]] * np.array([[1], [2], [0.5]])
-        texts[own[-3:]] = x[own[-1]]  # the last three members have the best score, all the same
-    md5, sha256 = [None] * 198 + ["a", "a"], ["b", *map(str, range(198)), "b"]  # sha256 "b" joins an item to the chain
+        texts[own[-3:]] = x[own[-1]]  # the last three items of a cluster have the best score, all the same one
+    # The equal sha256 "b" joins an item to the chain.
+    md5, sha256 = [None] * 198 + ["a", "a"], ["b", *map(str, range(198)), "b"]
     order = random.permutation(200)
     sizes = random.choice([10, 20, 40], (2, 200)).tolist()
     digests = {name: [one[place] for place in order] for name, one in (("md5", md5), ("sha256", sha256))}
@@ -65,14 +66,15 @@ def test_groups_and_what_is_kept(planted, keep, monkeypatch):
             assert near[group.dropped, group.of].all()
             assert set(group.of) <= set(group.kept)
             np.testing.assert_allclose(group.similarity, cosines(x[group.dropped], x[group.of]), rtol=0, atol=1e-12)
-        with monkeypatch.context() as patch:  # smaller blocks give the same bits
+        with monkeypatch.context() as patch:  # with smaller blocks, results have the same bits
             for name, size in (("ROWS", 24), ("COLUMNS", 8), ("RESCORED", 100)):
                 patch.setattr(similar, name, size)
             assert near_duplicates(planted, threshold, keep) == found
 
 
 def test_a_chain_keeps_what_is_unlike_and_says_the_most_similar():
-    angles = torch.tensor([0.0, 0.2, 0.41, 0.6, 0.8, 1.0])  # neighbours differ by less than 0.25, others by more
+    # Neighbours on the circle differ by less than 0.25, other points by more.
+    angles = torch.tensor([0.0, 0.2, 0.41, 0.6, 0.8, 1.0])
     chain = Embeddings(torch.stack([angles.cos(), angles.sin()], 1), {"md5": ["a", None, None, None, None, "a"]})
     (group,) = near_duplicates(chain, float(np.cos(0.25)))
     assert (group.kept, group.dropped, group.of) == ([0, 2, 4], [1, 3, 5], [0, 2, 4])

@@ -58,7 +58,7 @@ def test_wherever_it_is_killed_it_goes_on(whole, faulty, tmp_path, monkeypatch, 
         pass
 
     for kills in range(20):
-        left = iter(range(kills))  # each attempt writes one more file than the previous one
+        left = iter(range(kills))  # each attempt writes one more file than the previous attempt
 
         def write(path, *given, left=left):
             """Write a part of the embeddings, or only half of it before the process is killed."""

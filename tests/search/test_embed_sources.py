@@ -32,7 +32,7 @@ def test_features_are_those_of_a_plain_loop(whole, faulty, tmp_path, capsys):
     images = torch.cat([encoder.images(encoder.transform(one.image)[None]) for one in usable])
     texts = encoder.texts([one.caption for one in usable])
     torch.testing.assert_close((found.features, found.text_features), (images, texts), rtol=0, atol=1e-6)
-    half = Embeddings.open(whole)  # embeddings in float16, which is the default
+    half = Embeddings.open(whole)  # ``whole`` has embeddings in float16, which is the default
     assert torch.equal(half.features, found.features.half())
     assert torch.equal(half.text_features, found.text_features.half())
     bad = sorted({*PLACES} - {PLACES[7], PLACES[8]})  # pairs with a faulty json are usable
@@ -70,7 +70,8 @@ def test_a_folder_of_pictures_needs_nothing_else(faulty, tmp_path, capsys):
     assert "2024/broken: not an image" in said
     assert said.count("2 heic") == said.count("1 pdf") == 1
     of_items = Samples.of(found.about)
-    again = [of_items.read(number).image for number in table["number"]]  # even if the path is no valid UTF-8
+    # Pictures can be read even if the path is no valid UTF-8.
+    again = [of_items.read(number).image for number in table["number"]]
     assert [one.size for one in again] == list(zip(table["width"], table["height"], strict=True))
     encoder = Encoder.load(f"local-dir:{faulty}/model", device="cpu")
     queries = encoder.images(torch.stack([encoder.transform(one) for one in again]))
@@ -151,7 +152,8 @@ def test_columns_have_the_types_of_their_values():
     assert table.column("string").to_pylist() == ["a", None, "?"]
     assert table_of([]).num_rows == 0
     large = table_of([own | {"n": value} for value in (0.5, 2**53 + 1)], with_images=False)
-    assert str(large.schema.field("n").type) == "double"  # so ``--where`` can compare numbers
+    # The column is of numbers, so that ``--where`` can compare them.
+    assert str(large.schema.field("n").type) == "double"
 
 
 def test_a_part_without_a_usable_sample(faulty, tmp_path, capsys):

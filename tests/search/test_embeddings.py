@@ -56,7 +56,7 @@ def test_a_folder_gives_back_what_was_saved_and_plain_readers_read_it(folder, dt
     for path in folder.rglob("*_000?.*"):
         path.rename(path.with_name(path.name.replace("_000", "_1")))
     again = Embeddings.open(folder)
-    again.features[0] = 7  # the change is in memory only, not in the file
+    again.features[0] = 7  # the change of a feature is in memory only, not in the file
     assert torch.equal(Embeddings.open(folder).features, features)
 
 
@@ -67,7 +67,7 @@ def test_more_parts_than_four_digits_count_are_in_order(tmp_path):
 
 def test_search_is_exact_whatever_the_parts(tmp_path):
     items = unit(25)
-    items[20] = items[3]  # a tie between parts
+    items[20] = items[3]  # items 3 and 20 are a tie between two parts
     query = torch.cat([items[3:4], unit(4, seed=2)])
     for part_size, k in ((1, 5), (7, 1), (7, 40), (25, 5)):
         saved(tmp_path / f"{part_size} {k}", part_size, features=items)
@@ -90,7 +90,7 @@ def test_search_of_one_query_of_texts_and_of_what_may_be_found():
 
 def test_appended_items_are_found_and_saved(folder):
     first, more = saved(folder), unit(12, seed=3)
-    first.features, first.metadata  # noqa: B018  caches both, so that append must renew them
+    first.features, first.metadata  # noqa: B018  both are cached, so that append must renew them
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
     opened = Embeddings.open(folder)
     for held in (first, opened):

@@ -113,7 +113,7 @@ def test_windows_cover_images_of_any_size(vit, size):
     image, texts = torch.full((3, *size), 77, dtype=torch.uint8), drawn(2, 24)
     maps = heat_maps(vit, image, texts, stride=5, batch_size=7)
     assert maps.shape == (2, *size)
-    assert maps.abs().max() <= 1  # this fails for NaN too
+    assert maps.abs().max() <= 1  # a comparison with NaN would fail
     torch.testing.assert_close(maps, heat_maps(vit, image, texts, stride=5, batch_size=64), rtol=0, atol=1e-6)
 
 

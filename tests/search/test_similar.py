@@ -37,7 +37,8 @@ def test_equal_to_brute_force_at_every_edge_of_blocks(dtype, monkeypatch):
 
 
 def test_a_threshold_that_is_met_exactly():
-    x = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [3e-30, 4e-30]])  # their cosines are 0.6, 0.8 and 1
+    # The cosines of these features are 0.6, 0.8 and 1.
+    x = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [3e-30, 4e-30]])
     assert similar_pairs(x, 0.8).places.tolist() == [[1, 2], [1, 3], [2, 3]]
     assert similar_pairs(x, 0.8 + 1e-12).places.tolist() == [[1, 3]]
     x = F.normalize(torch.randn(50, 512), dim=1).half().repeat(2, 1)

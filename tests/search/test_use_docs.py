@@ -64,7 +64,7 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
                 assert run_ranks(as_rank, 2, str(folder), given, folder=tmp_path / f"{number}") == [[""], [""]]
                 continue
             assert program == "clipfast"
-            if arguments[0] == "app":  # the app would serve until it is stopped, so serving is left out
+            if arguments[0] == "app":  # the command app would serve until it is stopped, so serving is left out
                 parser = Parser()
                 add_parser(parser.add_subparsers())
                 assert desk_of(parser.parse_args(arguments)).search("a cat", None, 0.5, "", 3)

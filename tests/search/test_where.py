@@ -19,7 +19,7 @@ ROWS = {
     "width >= 256": [0, 2],
     "width>=256 or score<0": [0, 2],
     "width != 256": [0, 1],
-    "not width = 256": [0, 1, 3],  # unlike !=, this holds for row 3, which has no width
+    "not width = 256": [0, 1, 3],  # unlike "width != 256", this holds for row 3, which has no width
     "width < 100.5": [1],
     "score > -2": [0, 2, 3],
     "score = 5e-1": [0],
