@@ -167,7 +167,7 @@ def test_patches_that_our_op_would_embed_otherwise_are_left_to_timm(how, packed)
 
 def test_the_embedding_of_an_older_timm_is_known(packed, in_double):
     tower, patched = pair()
-    # timm 1.0.24 and older versions lack these attributes.
+    # The embedding of timm 1.0.24 and older versions has none of these attributes.
     for name in ("channels_last", "pos_embed_antialias", "pos_embed_align_corners"):
         patched.embeds.__dict__.pop(name, None)
     (batch,) = batches(1)

@@ -170,7 +170,7 @@ def test_the_report_says_why_texts_are_not_packed(name, reason, packed):
 def test_transformers(name, padding, packed):
     model, patched = pair(name)
     given = hf_models.inputs(model, padding, batch=5)
-    # This id is greater than end-of-text's. transformers pools at the greatest id only if eos_token_id is 2.
+    # One id is greater than end-of-text's. transformers pools at the greatest id only if eos_token_id is 2.
     given["input_ids"][2, 1] = hf_models.END + 1
     for checkpointing in (False, True):
         for each in (model, patched) if checkpointing else ():

@@ -21,7 +21,7 @@ def test_a_batch_has_as_many_pairs_as_in_open_clip(max_tokens, divisor, processe
 
 
 def test_fewer_pairs_than_the_divisor_are_as_many_as_fit():
-    # OpenCLIP takes 2 * 1 pairs here.
+    # If fewer pairs fit than the divisor, OpenCLIP takes one pair per process.
     assert TokenBudget((1024,), max_tokens=4096, divisor=8, processes=2).pairs(1024) == 2 * 4
 
 

@@ -154,7 +154,7 @@ def test_captions_say_what_can_be_seen():
         frame = says["background"] if says["frame"] == "none" else says["frame"]
         assert near(frame)[[0, 0, -1, -1], [0, -1, 0, -1]].all()
         rows, columns = np.nonzero(near(says["colour"]) & inner)
-        # These shapes are not centred in their bounding boxes.
+        # Half circles, triangles and stars are not centred in their bounding boxes.
         if says["shape"] not in ("half circle", "triangle", "star"):
             middle = [(some.max() + some.min() + 1) / 2 / size for some in (rows, columns)]
             row, column = (int((x - 0.5) / 0.19 + 1.5) for x in middle)

@@ -190,7 +190,7 @@ def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
     torch.testing.assert_close({name: found[name] for name in own}, own, **tolerance)
     assert ("caption_loss_z" in found) == (z_loss_weight > 0)
-    # a model may compute the caption losses itself, and return them by these names
+    # A model may compute the caption losses itself, and return them as caption_loss_ce and caption_loss_z.
     given = {key: x for key, x in arguments.items() if key not in ("logits", "labels")}
     of_model = {"caption_loss_ce": entropy, "caption_loss_z": square if z_loss_weight else None}
     torch.testing.assert_close(loss(**given, **of_model)[1], expected, **tolerance)

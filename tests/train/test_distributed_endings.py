@@ -53,7 +53,7 @@ def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
     assert seen == 12 * saved_step(tmp_path / "faults")
     trained(ALONE, given | {"name": "alone"})
     assert set(skipped_in(RunFolder(tmp_path / "alone"))) <= set(skipped_in(RunFolder(tmp_path / "faults")))
-    # Several ranks know how many pairs they have skipped together one step later than one process does.
+    # Several ranks know the number of pairs that they have skipped in all one step later than a single process does.
     assert saved_step(tmp_path / "faults") - saved_step(tmp_path / "alone") in (0, 1)
 
 

@@ -174,7 +174,7 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, heights, pa
     texts = torch.full((4, model.context_length), 7)
     pack = functools.partial(pack_on_host, device=meta, always=True) if packs else None
     batch = Upload(meta, pack)(Batch(images, texts, []), micro_batch_size)
-    # These functions copy from the host without the dispatcher, where the test would see it.
+    # torch.tensor, as_tensor and from_numpy copy from the host without the dispatcher, in which the test sees copies.
     for function in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.delattr(torch, function)
     with OnlyMeta():
