@@ -54,7 +54,9 @@ def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Groups:
     """Yield an empty group as soon as the verification's subprocess runs, and then the results of each check."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if leg in (INTERPRETER, SANITIZER):
-        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # NumPy multiplies the tiles of interpreted kernels. With these kernels of OpenBLAS, which every x86 has, an
+        # element is rounded alike wherever it stands in the product, as in a GPU's matrix unit; with others it may not.
+        environment |= {"OPENBLAS_CORETYPE": "Prescott", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     if leg == INTERPRETER:
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
