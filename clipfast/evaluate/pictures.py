@@ -32,7 +32,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     """Return a matplotlib figure for an evaluation's results, with a title over all its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 
@@ -135,10 +135,12 @@ def plot_runs(histories: Sequence[History], path: Path) -> None:
         axis.margins(x=0.02)
     names = [history.folder.path.name for history in histories]
     if len(names) == 1:
-        figure.suptitle(names[0])
+        figure.suptitle(names[0], parse_math=False)  # a name may have dollar signs
     else:
         lines = [axes[0].plot([], [], color=f"C{number % 10}")[0] for number in range(len(names))]
-        figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+        legend = figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     save_figure(figure, path)
 
 

@@ -264,15 +264,17 @@ class CLIP(nn.Module):
         """
         if impl != "inline":
             raise ValueError(f"set_grad_checkpointing: impl must be 'inline', got {impl!r}")
-        for module in self.modules():  # the stacks of blocks have the attribute ``grad_checkpointing``
-            if hasattr(module, "grad_checkpointing"):
-                vars(module)["grad_checkpointing"] = "selective" if enable and selective else enable
+        self._set("grad_checkpointing", "selective" if enable and selective else enable)  # of the stacks of blocks
 
     def set_backend(self, backend: str) -> None:
         """Set the backend of every op of the model: "auto", "triton", or "torch" for the references."""
+        self._set("backend", backend)
+
+    def _set(self, name: str, value: bool | str) -> None:
+        """Set an attribute of all modules that have it; modules of other libraries, such as timm's, are left alone."""
         for module in self.modules():
-            if hasattr(module, "backend"):
-                vars(module)["backend"] = backend
+            if name in vars(module) and any(each.__module__.startswith(__package__) for each in type(module).__mro__):
+                vars(module)[name] = value
 
     def set_fp8(self, recipe: str | None, skip: tuple[int, int] = (0, 1)) -> None:
         """Let the linear layers of transformer blocks multiply in 8 bits (fp8), forward and backward.

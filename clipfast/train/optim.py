@@ -3,7 +3,7 @@
 import ast
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..distributed.dtensors import is_dtensor
 from ..models import CLIP
 from ..models.freezing import Group as Layers
 from ..models.freezing import groups_of_text, parameters_of
-from .adamw import AdamW
+from .adamw import AdamW, refuse_closure
 from .stable_adamw import StableAdamW
 from .train_config import TrainConfig
 
@@ -314,8 +314,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         first.param_groups, second.param_groups = self.param_groups[:count], self.param_groups[count:]
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Run the step of both optimizers, Muon and AdamW."""
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Run the step of both optimizers, Muon and AdamW; a closure is refused."""
+        refuse_closure(self, closure)
         for part in self.parts:
             part.step()
 

@@ -10,11 +10,13 @@ For the gradient g of a tensor, in the first step t = 1 and all later ones:
 AdamW has the same equations with r = 1. Where gradients suddenly grow, v' is still small, and r is large.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .adamw import refuse_closure
 
 
 class StableAdamW(torch.optim.Optimizer):
@@ -35,8 +37,9 @@ class StableAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient; a closure is refused."""
+        refuse_closure(self, closure)
         for group in self.param_groups:
             # Parameters are grouped by their number of steps: those without a gradient in some step have taken fewer.
             by_step: dict[int, list[Tensor]] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import clipfast
 from clipfast import (
@@ -108,6 +109,16 @@ def test_backends_and_checkpointing_agree_on_values_and_gradients(kind):
         (scale * (image_features @ text_features.T)).square().mean().backward()
         results.append((image_features, text_features, *(p.grad.clone() for p in model.parameters())))
     torch.testing.assert_close(results[1:], results[:1] * 2, rtol=1e-8, atol=1e-10)
+
+
+def test_settings_of_other_libraries_are_left_alone():
+    model, head = small("vit"), nn.Linear(4, 4)
+    head.backend, head.grad_checkpointing = "cudnn", False
+    model.visual.head = head
+    model.set_backend("torch")
+    model.set_grad_checkpointing(selective=True)
+    assert (head.backend, head.grad_checkpointing) == ("cudnn", False)
+    assert model.visual.transformer.grad_checkpointing == "selective"
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

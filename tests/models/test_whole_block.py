@@ -157,6 +157,19 @@ def test_modules_with_hooks_or_of_another_class_are_called(part, calls):
     assert not calls
 
 
+def test_a_hook_may_change_the_last_block_in_the_same_pass():
+    stack, x = Transformer(WIDTH, 3, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    first, _, last = stack.resblocks
+
+    def probe(*_):
+        """Double the output of the last block's MLP."""
+        if not last.mlp._forward_hooks:
+            last.mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    first.mlp.register_forward_hook(probe)
+    torch.testing.assert_close(read_rows(stack, x), read_rows(stack, x))
+
+
 class Called(nn.Module):
     """A wrapper that says when it is called, and has all attributes of the module inside."""
 

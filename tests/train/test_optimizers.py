@@ -110,6 +110,15 @@ def test_adamw_computes_what_pytorchs_does_to_the_last_bit():
     assert [state["step"].item() for state in runs[0][1]] == [4, 4, 4, 3]
 
 
+@pytest.mark.parametrize("opt", ["adamw", "stableadamw", "muon"])
+def test_no_closure_may_be_given_as_none(model, opt):
+    # Accelerate, and the distributed checkpoints of PyTorch, always pass the argument.
+    optimizer = made(model, opt=opt)
+    optimizer.step(closure=None)
+    with pytest.raises(ValueError, match="takes no closure"):
+        optimizer.step(lambda: 1.0)
+
+
 def test_resnets_have_betas_of_their_own():
     optimizer = made(built("RN50"), opt="adam")
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
