@@ -90,7 +90,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     pages = [Path("README.md"), Path("docs/benchmarks.md")]
     shown = " ".join(map(str, pages))
     table.add_argument("--page", type=Path, nargs="+", default=pages, help=f"files to write (default: {shown})")
-    table.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
+    table.add_argument("--results", type=Path, default=results.FOLDER, metavar="FOLDER", help="folder of the results")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -372,7 +372,7 @@ def add_arguments(parser: Any) -> None:
     add("--keep", type=COUNT, default=8, help="configurations to time for each kernel (default 8)")
     add("--seconds", type=float, default=10, help="time for each kernel (default 10)")
     add("--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no further kernel after this time")
-    add("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
+    add("--tables", type=Path, default=configs.TUNED, metavar="FOLDER", help="folder of the tables to write")
     by = "time on this machine's GPU, or choose by the model of an H100, without a GPU (default: measured)"
     add("--by", default=MEASURED, choices=(MEASURED, MODEL), help=by)
     add("--limit", type=COUNT, default=None, help="configurations to compile for each kernel (default: all)")

@@ -24,7 +24,7 @@ COMPUTED_ON = ("cuda", "cpu", "meta")
 PLAIN = (Tensor, torch.nn.Parameter)
 # TensorGuards compares layouts of tensors in C++. It is private; ``Op.learn`` keeps no call if PyTorch lacks it.
 TensorGuards: Any = getattr(guards, "TensorGuards", None)
-MOST_ALIKE = 8  # the most layouts that an op keeps for calls with equal options and equal sizes
+MOST_ALIKE = 8  # the most memory layouts that an op remembers for calls with equal options and equal sizes
 MOST_KNOWN = 512  # the most pairs of sizes and options that an op keeps; each takes some 20 KB of host memory
 # LEGACY_VMAP is the dispatch key that is active under ``torch.autograd.grad(is_grads_batched=True)``, which vectorises
 # a backward pass without a transform of ``torch.func``.

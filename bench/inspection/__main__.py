@@ -27,7 +27,7 @@ from .eager import STEP, measured
 from .forecast import HOST, Forecast, forecast, forecast_shape, measured_shapes, rows
 from .model import FULL, H100, QUICK, Effort
 
-MODELS = ("ViT-B-32", "ViT-L-14")  # the table of the host has training steps of these models
+MODELS = ("ViT-B-32", "ViT-L-14")  # models whose training steps stand in the table of GPU and host times
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -130,8 +130,7 @@ def _need_compiler() -> None:
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand ``inspect`` to the command line of ``clipfast``."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser("inspect", description=explain(), epilog=EPILOG, formatter_class=raw)
+    parser = commands.add_parser("inspect", description=explain(), epilog=EPILOG)
     add = parser.add_argument
     add("--arch", nargs="+", type=COUNT, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
     chosen = "report only cases whose name contains a TEXT, such as contrastive_loss"

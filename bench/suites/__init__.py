@@ -20,7 +20,7 @@ class Suite:
     help: str  # one line for the help text of the suite's command
     shapes: Mapping[str, list[Sizes]]  # default shapes by the type of device, "cpu" or "cuda"
     build: Callable[[Sizes, str, torch.device], Case]  # makes a case from a shape, a dtype's name and a device
-    fields: Sizes  # sizes that a shape has, with an example of each
+    fields: Sizes  # the names of the sizes of a shape, each with an example value
     smallest: Sizes  # a small shape for testing that everything runs
     optional: frozenset[str] = frozenset()  # sizes that a shape need not name
     dtypes: tuple[str, ...] = ()  # the dtypes that the suite supports; empty means all

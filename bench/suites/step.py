@@ -248,7 +248,7 @@ def step_floor_flops(name: str, pairs: int) -> float:
 
 @functools.cache
 def forward_flops(name: str, *, published: bool = True) -> tuple[float, int]:
-    """Return the FLOPs of one pair through both towers of the benchmarked model ``name``, and the number of features.
+    """Return the FLOPs of a pair in both towers of the benchmarked model ``name``, and the width of its features.
 
     ``published`` counts the attention pool of a ResNet as published: the queries, keys and values of all positions.
     """

@@ -115,7 +115,7 @@ def _why_not_packed(tower: Any, pool_type: str, refusal: str | None) -> str:
 
 
 def _takes_packed(block: Any) -> bool:
-    """Return True if a block of OpenCLIP is ours, and takes a packing in the place of its mask."""
+    """Return True if an OpenCLIP block runs our code, which takes the packing of several texts in place of a mask."""
     return runs_ours(block) and runs_ours(block.attn) and _is_plain_attention(block.attn)
 
 

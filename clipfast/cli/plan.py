@@ -87,9 +87,7 @@ def _number(*, or_zero: bool = False) -> Callable[[str], float]:
 
 def add_parser(commands: Any) -> None:
     """Add the parser of ``clipfast plan``. Values whose check needs an import are checked when the command runs."""
-    parser = commands.add_parser(
-        "plan", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commands.add_parser("plan", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--pairs", type=PAIRS, metavar="N", help="pairs of all GPUs (default: 32768)")
     add("--gpus", type=GPUS, metavar="W", help="GPUs that share the batch (default: 8; of the loss alone 1)")

@@ -68,7 +68,7 @@ class EqualBatches:
 
 
 def _refuse_tokens(unit: Unit) -> None:
-    """Refuse the unit "tokens" for batches of equal numbers of pairs, whose plan states no tokens of an image."""
+    """Refuse to count equal batches of pairs in tokens: without a budget of tokens, images have unknown lengths."""
     if unit != "pairs":
         raise ValueError(f"batches of equal numbers of pairs are counted in pairs, not in {unit}")
 

@@ -203,7 +203,7 @@ class IndexCache:
 
     def touch(self, name: str) -> None:
         """Mark the copy of this shard as just used, so that other copies are removed first."""
-        with contextlib.suppress(OSError):  # there is no copy of the shard, or the file system refuses
+        with contextlib.suppress(OSError):  # the shard has no local copy, or its time cannot be set
             os.utime(copy_path(name, self._copies))
 
     @property

@@ -273,7 +273,7 @@ class CLIP(nn.Module):
     def _set(self, name: str, value: bool | str) -> None:
         """Set an attribute of all modules that have it; modules of other libraries, such as timm's, are left alone."""
         for module in self.modules():
-            if name in vars(module) and any(each.__module__.startswith(__package__) for each in type(module).__mro__):
+            if any(each.__module__.startswith(__package__) for each in type(module).__mro__) and hasattr(module, name):
                 vars(module)[name] = value
 
     def set_fp8(self, recipe: str | None, skip: tuple[int, int] = (0, 1)) -> None:

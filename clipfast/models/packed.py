@@ -10,9 +10,10 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.common import cdiv
 
-# On a GPU, the number of tokens is a multiple of 64, the rows of the smallest tile of a matrix product, and of a 128th
-# of the padded batch. So few different numbers of tokens occur: each would need launch plans, blocks of the allocator's
-# memory, and a CUDA graph of its own. On average, a 256th of the padded batch is computed for nothing.
+# On a GPU, the number of tokens is rounded up to a multiple of 64, the rows of the smallest tile of a matrix product,
+# and of a 128th of the padded batch. Therefore only few different numbers occur, each of which needs launch plans,
+# blocks of the allocator's memory, and a CUDA graph of its own. On average, a 256th of the padded batch is computed for
+# nothing.
 TILE, SIZES = 64, 128
 
 

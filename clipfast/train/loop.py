@@ -96,7 +96,7 @@ def train(
         with (
             logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
-            remote,  # exits after the reports, so that it uploads their files when they are closed
+            remote,  # the copy to remote storage exits after the reports, and so uploads their closed files
             Reports(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:

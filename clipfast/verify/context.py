@@ -55,7 +55,7 @@ def poisoned() -> Iterator[None]:
 
 
 def speed_up_interpreter() -> None:
-    """Let Triton's interpreter leave out work that changes nothing, which takes two thirds of the verification's time.
+    """Let Triton's interpreter leave out work that changes no result: two thirds of the verification's time.
 
     By itself, the interpreter patches all of ``triton.language`` again in each call of a device function. Only Triton's
     own device functions need it, in the first call: they use ``triton.language.core``, which no launch patches.

@@ -131,7 +131,7 @@ def plan_backward(
     def run(
         grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradients of a packed projection of the planned layout in attention, and of its bias."""
+        """Compute the gradients of qkv, the packed projection that attention gets, and of the projection's bias."""
         grad_qkv = new_grad()
         places = _places(qkv, step, num_heads), _places(grad_qkv, grad_step, num_heads)
         grad_bias = compute(grad_out, places[0], out, lse, seqlens, places[1])

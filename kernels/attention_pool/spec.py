@@ -113,7 +113,7 @@ CASES = [
     Case(PoolShape(1, 64, 256, 72), "64 queries, the most that one program takes"),
     Case(PoolShape(1, 3, 577, 24), "L/14's tokens at 336 pixels: the largest tile of tokens"),
     Case(PoolShape(0, 32, 50, 64), "no images"),
-    # tokens that are hidden from a length on (seqlens)
+    # tokens at positions of seqlens and above are masked
     Case(PoolShape(5, 3, 17, 24, lengths=True), "texts that end early, or have no token", quick=True, sanitize=True),
     Case(PoolShape(4, 8, 77, 512, lengths=True), "the last block of B's texts", NOT_INTERPRETED),
     # sequences of several lengths

@@ -169,9 +169,10 @@ def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
 def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean loss of the pairs (i, i + offset), in ``both`` directions or of the rows only.
 
-    Also return maximum, inv_denom and one_minus_p for rows [3, M] and for columns [3, N]; one_minus_p is summed over
-    the directions of the loss. inv_denom and one_minus_p are 0 in a row or column without a pair. If the loss has only
-    the direction of the rows, inv_denom of the columns is 0 too.
+    Also return three vectors for the rows of the logits [3, M], and for their columns [3, N]: the maximum of the
+    logits; inv_denom, by which the gradient of the loss multiplies exponentials; and one_minus_p, 1 minus the
+    probability of the pair, summed over the directions of the loss. The last two are 0 in a row or column without a
+    pair. If the loss has only the direction of the rows, inv_denom of the columns is 0 too.
     """
     paired, partners = pairs_in(len(stats.row_max), len(stats.col_max), offset)
     maximum = torch.stack([stats.row_max[paired], stats.col_max[partners]])  # [2, P]

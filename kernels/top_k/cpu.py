@@ -10,7 +10,7 @@ from ..dtypes import accumulate_dtype
 MOST_SORTED = 512  # scores with at most this many items are sorted: to choose groups first would take more time
 GROUP = 32  # neighbouring items that share one maximum
 TILE = 1 << 23  # scores that are computed at once; smaller tiles make threads wait for each other more often
-CONVERTED = 1 << 22  # elements of 16-bit items that are converted to float32 at once, which limits the copy
+CONVERTED = 1 << 22  # at most so many elements of bfloat16 or float16 are converted to float32 at once, to save memory
 GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at once, which limits the copy
 
 

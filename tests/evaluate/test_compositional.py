@@ -7,7 +7,7 @@ import pytest
 
 from ..small_runs import write_shard
 from .benchmark_sets import solid
-from .eval_commands import check_page, check_ranks, check_refused, printed, split, wrong_inputs
+from .eval_commands import check_page, check_ranks, check_refused, evaluated, printed, split, wrong_inputs
 
 HOSTILE = "<script>alert('x')</script>&"
 
@@ -174,8 +174,8 @@ def test_order(by_colour, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_the_command_on_scenes(model, tmp_path, capsys):
-    given = ["compositional", *model, "--data", "shapes:48@5"]
+def test_the_command_on_scenes(model, tmp_path, capsys, monkeypatch):
+    given = ["compositional", *model, "--data", "shapes:48@5", "--features", tmp_path / "f"]
     outputs = split("--json {at}/r.json --html {at}/p.html --plot {at}/p.png --table", at=tmp_path)
     out, _ = printed(capsys, *given, *outputs)
     found = json.loads((tmp_path / "r.json").read_text())
@@ -188,6 +188,10 @@ def test_the_command_on_scenes(model, tmp_path, capsys):
     check_page(page, 36, 64)
     for name, part in kinds.items():
         assert re.search(rf"<h2>kind: {name}</h2>.*?{part['metrics']['acc']:.1%} \(", page, re.DOTALL)
+    # The stored features suffice: nothing is encoded again.
+    monkeypatch.setattr("clipfast.evaluate.encoder.Encoder.images", None)
+    monkeypatch.setattr("clipfast.evaluate.encoder.encode_texts", None)
+    assert evaluated(capsys, *given) == found
 
 
 RECORD = {"filename": "x.png", "caption": "y", "negative_caption": "z"}

@@ -62,7 +62,7 @@ def test_weights_lie_on_the_line_between_the_checkpoints(tmp_path):
             assert torch.equal(end[name], second[name].float())
             mixed = 0.7 * value.double() + 0.3 * second[name].double()
             torch.testing.assert_close(middle[name].double(), mixed, rtol=1e-5, atol=1e-6)
-        else:  # counts of batches are integers, taken from the first checkpoint
+        else:  # BatchNorm's num_batches_tracked are integers, taken from the first checkpoint
             assert middle[name] == value
 
 
@@ -140,8 +140,9 @@ def test_what_cannot_be_mixed(folder, tmp_path):
     dropping = config.with_vision(patch_dropout=0.5)  # a setting that does not prevent interpolation
     saved(tmp_path / "dropping.pt", dropping, 0)
     models = Interpolation(folder / "a.pt", tmp_path / "dropping.pt")
-    with pytest.raises(ValueError, match="alpha must be from 0"):
-        models.weights(float("nan"))
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="alpha must be from 0"):
+            models.weights(alpha)
 
 
 def test_bare_weights_need_the_name_of_the_model(folder, tmp_path):

@@ -217,6 +217,8 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
     (mean,) = last["means"][-1]["values"]
     assert mean == pytest.approx(sum(x["metrics"].get("acc1", 0) for x in last["results"]) / 2)
     assert re.search(rf"^step 8 .* mean of acc1 {mean:.1%}, flickr8k image_retrieval_recall@5 ", out, re.M)
+    (board,) = (run.path / "tensorboard").glob("suite-*")
+    assert [step for step, _ in read_back(board)["val/vtab/dtd acc1"]] == [4, 8]
     assert lines_of(run) == []  # results of the suite are in a file of their own
     # The suite gives the same results for the last checkpoint without --watch.
     output = ["--output", tmp_path / "out"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast import (
@@ -20,10 +21,11 @@ from clipfast import (
     create_model_from_pretrained,
     get_model_config,
 )
-from clipfast.models import CLIPConfig, TextConfig, VisionConfig
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig, build
+from clipfast.models.registry import read_model_config
 from clipfast.train.optim import adamw
 
-from ..small_runs import assert_initialised_alike
+from ..small_runs import NAFLEX, RESNET, SIGLIP, TINY, assert_initialised_alike
 
 PUBLISHED = json.loads(
     gzip.decompress((Path(__file__).parent.parent / "data" / "published_models.json.gz").read_bytes())
@@ -119,6 +121,24 @@ def test_settings_of_other_libraries_are_left_alone():
     model.set_grad_checkpointing(selective=True)
     assert (head.backend, head.grad_checkpointing) == ("cudnn", False)
     assert model.visual.transformer.grad_checkpointing == "selective"
+
+
+@pytest.mark.parametrize("config", [TINY, RESNET, NAFLEX, SIGLIP])
+def test_the_backend_torch_runs_none_of_our_ops(config):
+    model, seen = build(read_model_config(config)), []
+    model.set_backend("torch")
+
+    class Ours(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.extend([str(function)] * str(function).startswith("clipfast"))
+            return function(*args, **(kwargs or {}))
+
+    side = model.visual.image_size
+    side = side if isinstance(side, int) else 64
+    with Ours():
+        image, text, *_ = model(torch.rand(2, 3, side, side), torch.randint(1, 9, (2, model.context_length)))
+        (image.sum() + text.sum()).backward()
+    assert not seen
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])

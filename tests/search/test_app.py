@@ -11,7 +11,7 @@ from clipfast import Embeddings
 from clipfast.data.drawn_shapes import held_out_scene
 from clipfast.io.page import thumbnail
 from clipfast.models.images import ImageError
-from clipfast.search.app import MAP_SIDE, MAX_FOUND, MAX_LABELS, MAX_RATIO, MAX_TEXT, Desk, Pictures, answer
+from clipfast.search.app import MAP_SIDE, MAX_FOUND, MAX_LABELS, MAX_MAPS, MAX_RATIO, MAX_TEXT, Desk, Pictures, answer
 from clipfast.search.heatmap import heat_maps, limits_of, overlay, to_tensor
 from clipfast.search.similar import probabilities
 from clipfast.search.source_samples import Samples
@@ -89,8 +89,9 @@ def test_pictures_of_the_source_are_read_by_their_numbers(tmp_path):
     about, done = Samples(str(tmp_path)).about(), tmp_path / "done"
     pictures = Pictures.of(about)
     assert pictures.open({"number": 0}).size == (20, 21)
-    with pytest.raises(ImageError):
-        pictures.open({"number": 1})
+    for number in (1, -1, None, "0"):
+        with pytest.raises(ImageError):
+            pictures.open({"number": number})
     Image.new("RGB", (20, 21), "red").save(tmp_path / "more.png")
     for wrong, expected in ((about, "has changed"), (about | {"data": f"pipe:touch {done}"}, "not on this machine")):
         with pytest.raises(ValueError, match=expected):
@@ -112,6 +113,7 @@ def test_labels_are_ranked_as_a_classifier_ranks_them(desk, folder, encoder):
     [
         ("search", "type some words", {"words": " "}),
         ("search", "cannot be read", {"where": "height >"}),
+        ("search", "at most", {"words": "x" * (MAX_TEXT + 1)}),
         *(("search", "from 1 to", {"k": k}) for k in (0, MAX_FOUND + 1, 2.5, None)),
         ("search", "weight", {"picture": f"{FOLDER}/1.png", "weight": 2}),
         ("search", "not an image", {"words": "", "picture": "broken.png"}),
@@ -124,6 +126,7 @@ def test_labels_are_ranked_as_a_classifier_ranks_them(desk, folder, encoder):
         ("classify", "must be one of", {"templates": "none"}),
         ("classify", "gone.png", {"picture": "gone.png"}),
         ("heat_map", "there are 0", {"texts": None}),
+        ("heat_map", f"1 to {MAX_MAPS} texts", {"texts": "\n".join(map(str, range(MAX_MAPS + 1)))}),
         ("heat_map", f"at most {MAX_RATIO} times the other one, got 51 x 10", {"picture": "long.png"}),
     ],
 )

@@ -88,9 +88,13 @@ def test_a_graph_under_the_autocast_of_its_caller_is_refused(monkeypatch):
 def test_a_graph_is_captured_on_the_gpu_of_its_arguments(monkeypatch):
     """The capture mode is "thread_local", since the data loader's thread may pin memory during a capture."""
     cuda = mock.MagicMock()
-    for name in ("Stream", "CUDAGraph", "current_stream", "device", "graph", "graph_pool_handle"):
+    for name in ("Stream", "CUDAGraph", "current_stream", "device", "graph", "graph_pool_handle", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    Captures(torch.device("cuda", 1)).capture(lambda: None)
+    captures = Captures(torch.device("cuda", 1))
+    with captures.beside():
+        pass
+    captures.capture(lambda: None)
+    cuda.stream.assert_called_once_with(cuda.Stream.return_value)  # the calls before a capture run on its stream
     assert cuda.Stream.call_args == cuda.device.call_args == mock.call(torch.device("cuda", 1))
     assert cuda.graph.call_args.kwargs["stream"] is cuda.Stream()
     assert cuda.graph.call_args.kwargs["capture_error_mode"] == "thread_local"

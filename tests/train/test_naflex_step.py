@@ -171,6 +171,18 @@ def test_batches_of_all_sizes_are_compiled_twice():
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("for_gpu", [False, True])
+def test_packed_images_are_split_in_the_order_of_the_batch(for_gpu):
+    images, _ = pairs(9)
+    parts = pack_images(images, PATCH, for_gpu=True).split(4, for_gpu=for_gpu)
+    assert [len(part) for part in parts] == [4, 4, 1]
+    for part, own in zip(parts, (images[:4], images[4:8], images[8:]), strict=True):
+        expected = pack_images(own, PATCH, for_gpu=for_gpu)
+        assert part.max_patches == expected.max_patches
+        for name in ("patches", "grids", "order"):
+            assert torch.equal(getattr(part, name), getattr(expected, name)), name
+
+
 def test_wrong_micro_batches():
     images = pack_images(pairs(4)[0], PATCH).split(2)
     with pytest.raises(ValueError, match=r"equally many, at least one, got 4 and 3"):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 
@@ -12,6 +13,7 @@ from clipfast.cli.main import main
 from clipfast.train import TrainConfig
 from clipfast.train.build import bare_model
 
+from ..processes import run_ranks
 from ..small_runs import COLOURS, TINY, picture, run_command
 from .test_open_clip_flags import numbers
 from .test_recipes import rows
@@ -212,6 +214,15 @@ def passes_of(words):
     return int(words[words.index("--accum-freq") + 1]) if "--accum-freq" in words else 1
 
 
+def as_task(rank, words):
+    """Run ``clipfast train`` as one of two processes that srun started, and return the exit code."""
+    os.environ.update(
+        {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2",
+         "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    )  # fmt: skip
+    return main(["train", *words])
+
+
 @pytest.mark.usefixtures("one_prompt")
 class TestCommands:
     @pytest.fixture
@@ -251,6 +262,14 @@ class TestCommands:
         assert code == 2
         assert ERRORS[name] in err
         assert not list(tmp_path.glob("*/*/checkpoints"))
+
+    @pytest.mark.long
+    def test_processes_of_srun(self, places, tmp_path):
+        words = [*smaller(WORDS["slurm"], places), "--device", "cpu", "--logs", str(tmp_path), "--name", "run"]
+        (tmp_path / "ranks").mkdir()
+        assert run_ranks(as_task, 2, words, folder=tmp_path / "ranks", timeout=300.0) == [0, 0]
+        assert json.loads((tmp_path / "run" / "results.json").read_text())["samples_seen"] == 16
+        assert "8 on each of 2 processes" in (tmp_path / "run" / "out.log").read_text()
 
     def test_without_training_data_it_evaluates(self, places, shards, run, tmp_path):
         torch.save({"epoch": 1, "name": "theirs", "state_dict": torch.load(places["WEIGHTS"])}, tmp_path / "epoch_1.pt")
