@@ -126,9 +126,14 @@ def as_fields(found: Resources) -> dict[str, Any]:
 
 
 def loads(text: str) -> Snapshot:
-    """Read a snapshot of the shipped kernels' resources from text."""
+    """Read a snapshot of the shipped kernels' resources from text.
+
+    Raises:
+        ValueError: the snapshot has other fields than :data:`FIELDS`.
+    """
     record: dict[str, Any] = json.loads(text)
-    assert record.pop("fields") == list(FIELDS)
+    if (fields := record.pop("fields", None)) != list(FIELDS):
+        raise ValueError(f"a snapshot must have the fields {json.dumps(FIELDS)}, got {json.dumps(fields)}")
     for archs in record.values():
         for cases in archs.values():
             for kernels in cases.values():

@@ -151,9 +151,9 @@ def evaluate_path(
     model = models.build(device, backend)
     transform = transform_of(model, uint8=True)
     encoder = Encoder(str(models.first.source), model, models.tokenizer(tokenizer), transform, device)
+    sets = {name: Evaluator(images, templates, classnames, batch_size=batch_size) for name, images in data.items()}
     for alpha in alphas:
         model.load_state_dict(models.weights(alpha))
-        sets = {name: Evaluator(images, templates, classnames, batch_size=batch_size) for name, images in data.items()}
         yield {"alpha": alpha, "results": {name: one.results(encoder) for name, one in sets.items()}}
 
 
