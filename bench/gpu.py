@@ -41,8 +41,9 @@ LEFT = "{left}"
 # Seconds for each step. Triton takes about 1.3 s to compile a kernel, and the first steps compile more than they run.
 SECONDS = {
     "runs": 180.0, "same bits": 60.0, "capture": 60.0, "environment": 60.0, "loss": 300.0, "attention": 240.0,
-    "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "blocks": 360.0, "tests": 480.0, "verify": 420.0,
-    "tune": 420.0, "sanitizer": 150.0, "values": 180.0, "racecheck": 120.0, "kernels": 60.0, "page": 60.0,
+    "model": 240.0, "step": 480.0, "patch": 120.0, "losses": 300.0, "strips": 240.0, "blocks": 360.0, "tests": 480.0,
+    "verify": 420.0, "tune": 420.0, "sanitizer": 150.0, "values": 180.0, "racecheck": 120.0, "kernels": 60.0,
+    "page": 60.0,
 }  # fmt: skip
 # The sizes that the kernels' goals are set for come first, since a benchmark may be stopped at any case.
 SHAPES = {
@@ -63,7 +64,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "speed": ("step", "blocks"),
     "checks": ("tests", "verify", "sanitizer", "racecheck"),
     "tune": ("tune",),
-    "loss": ("environment", "tests", "verify", "losses", "tune"),
+    "loss": ("environment", "tests", "verify", "losses", "strips", "tune"),
     "attention": ("environment", "tests", "verify", "attention", "tune"),
     "blocks": ("environment", "tests", "verify", "patch", "blocks", "tune"),
     "step": ("environment", "step", "model", "page"),
@@ -88,7 +89,7 @@ RESULTS = (
     "summary.txt", "log.txt", "page.html", "samples.csv", "values.json", "kernels.json", "predicted.json",
     "verify.json",
 )  # fmt: skip
-BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
+BENCHES = ("loss", "losses", "strips", "attention", "patch", "blocks", "step")
 # All parts but "step" measure only these candidates of a training step, and our own model: these parts lack the time to
 # compile our model.
 STEP_CANDIDATES = ("--only", "clipfast padded", "clipfast graphed", "PyTorch", "OpenCLIP", "OpenCLIP compiled")

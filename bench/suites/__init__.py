@@ -10,7 +10,7 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import OpSpec, specs
 
 from ..case import Case, Sizes
-from . import data, ops, step
+from . import data, ops, step, strips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,13 @@ _FP32 = ("fp32",)
 SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
     "step": Suite(
         "a whole training step: forward, loss, backward, AdamW", step.SHAPES, step.build, step.FIELDS, step.SMALLEST
+    ),
+    "strips": Suite(
+        "the loss of all ranks on one of them, without messages",
+        strips.SHAPES,
+        strips.build,
+        strips.FIELDS,
+        strips.SMALLEST,
     ),
     "data": Suite(
         "the data pipeline and its stages", data.SHAPES, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
