@@ -2,9 +2,10 @@
 
 A GPU waits for its host where kernels are short. Inputs are so small that nothing but the code that leads to the
 kernels takes time; models have the depth of a published one, a width of 64 and few tokens. Times are CPU time of one
-thread, in microseconds: medians of samples that the candidates take in turns. "forward" is a call that needs no
-gradients, "both" a call with its backward pass. "kernels" counts the kernels that would start on a GPU: launches of
-Triton, and PyTorch's ops that are neither views nor allocations.
+thread, in microseconds: medians of samples that the candidates take in turns. Before a sample, its candidate is called
+once without being timed. "forward" is a call that needs no gradients, "both" a call with its backward pass. "kernels"
+counts the kernels that would start on a GPU: launches of Triton, and PyTorch's ops that are neither views nor
+allocations.
 
 --json writes the figures and the conditions to a file. ``clipfast inspect --predict``, the tables of the documentation
 and the gates read such files.

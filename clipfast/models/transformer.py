@@ -53,7 +53,7 @@ from .layers import (
 )  # fmt: skip
 from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
-from .whole_block import QUICK, Options, Parameters, cast_blocks, whole_block
+from .whole_block import QUICK, Options, Parameters, block_plans, cast_blocks, whole_block
 from .whole_last_block import last_row
 
 
@@ -217,15 +217,22 @@ def run_plain(
     whole = whole_blocks(blocks if last is None else [*blocks, last], x, packing is not None)
     bounds, packed = (None, ()) if packing is None else (packing.bounds, (packing,))
     # The backward pass needs the cast weights of all blocks, so one launch casts them. Without a backward pass, those
-    # of one block at a time take less memory.
-    at_once = torch.is_grad_enabled()
-    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and at_once else {}
-    shape = x.shape
+    # of one block at a time take less memory, which the next block reuses.
+    memory: dict[int, Sequence[Tensor]] | None = None if torch.is_grad_enabled() else {}
+    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and memory is None else {}
+    shape, before, alike = x.shape, None, 0
+    plans: Any = None
     for block in blocks:
         if block in whole:
-            of_block = cast[block] if at_once else cast_blocks([whole[block]])[0]
-            x, branch = whole_block(shape, *_as_rows(x, branch), *whole[block], of_block, bounds)
+            parameters, options = whole[block]
+            of_block = cast[block] if memory is None else cast_blocks([whole[block]], memory)[0]
+            x, branch = _as_rows(x, branch)
+            # The stream and the branch have the same layout after each block with the same options.
+            before, alike = options, alike + 1 if options is before else 0
+            plans = plans if alike > 1 else block_plans(options, bounds, shape, x, branch)
+            x, branch = whole_block(plans, shape, x, branch, parameters, options, of_block, bounds)
         else:
+            before = None
             x, branch = _in_shape(shape, x, branch)
             attn, mlp = block.attn, block.mlp
             in_fp8 = is_plain(attn, Attention) and takes_fp8(attn, attn.in_proj)
@@ -237,7 +244,7 @@ def run_plain(
         # Hooks in these blocks may have changed the last block, so it is looked at once more.
         return run_plain([], *_in_shape(shape, x, branch), packing, last, rows)
     if last is not None and last in whole:
-        of_block = cast[last] if at_once else cast_blocks([whole[last]])[0]
+        of_block = cast[last] if memory is None else cast_blocks([whole[last]], memory)[0]
         return last_row(shape, *_as_rows(x, branch), rows, *whole[last], of_block), None
     x, branch = _in_shape(shape, x, branch)
     return (x, branch) if last is None else (_row_of_modules(last, x, branch, rows), None)
@@ -316,7 +323,10 @@ def whole_blocks(
         if not castable.issuperset(dtypes[4:]):
             continue
         attn, mlp, norm_1, norm_2, gelu = *parts[:4], parts[7]
-        shapes = parameters.norm_1.shape, parameters.w_in.shape, parameters.w_out.shape, parameters.w_fc.shape
+        shapes = (
+            parameters.norm_1.shape, parameters.w_in.shape, parameters.w_out.shape, parameters.w_proj.shape,
+            parameters.w_fc.shape,
+        )  # fmt: skip
         settings = (
             attn.num_heads, attn.causal, norm_1.eps, norm_2.eps,
             QUICK if gelu.__class__ is QuickGELU else gelu.approximate, attn.fp8, mlp.fp8,
@@ -336,7 +346,8 @@ def _options(
 ) -> Options | None:  # fmt: skip
     """Return the settings of a block that :mod:`.whole_block` computes, or None if it cannot compute the block."""
     *others, of_fc = shapes
-    if not is_auto or fp8 != fp8_of_mlp or width % heads or others != [(width,), (3 * width, width), (width, width)]:
+    wanted = [(width,), (3 * width, width), (width, width), (width, of_fc[0])]
+    if not is_auto or fp8 != fp8_of_mlp or width % heads or others != wanted:
         return None
     head_dim = width // heads
     if head_dim > MAX_HEAD_DIM:

@@ -15,6 +15,7 @@ block call, and the same tensors are kept for the backward pass. Three things ta
 :mod:`.transformer` decides which blocks are computed in this way.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -90,12 +91,13 @@ class Parameters(NamedTuple):
 
 
 def whole_block(
-    shape: torch.Size, x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options, cast: Parameters,
-    bounds: Tensor | None = None,
+    plans: Plans, shape: torch.Size, x: Tensor, branch: Tensor | None, parameters: Parameters, options: Options,
+    cast: Parameters, bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute a whole transformer block of a tower at once.
 
     Args:
+        plans: the result of :func:`block_plans` for ``x``, ``branch`` and ``options``.
         shape: the shape [B, N, width] of the residual stream; [1, T, width] for a packing, the tokens of several
             sequences.
         x: the residual stream as rows, [B * N, width], so that no view has to be made between blocks.
@@ -108,14 +110,22 @@ def whole_block(
     Returns:
         The residual stream t, and the output m of the block's MLP, which the next block adds to t; as rows.
     """
-    results: tuple[Tensor, Tensor] = applied(_FUNCTION, options, cast, bounds, shape, x, branch, parameters)
+    results: tuple[Tensor, Tensor] = applied(_FUNCTION, plans, options, cast, bounds, shape, x, branch, parameters)
     return results
 
 
-def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Parameters]:
+def cast_blocks(
+    blocks: Collection[tuple[Parameters, Options]], memory: dict[int, Sequence[Tensor]] | None = None
+) -> list[Parameters]:
     """Return the parameters of several blocks as autocast would cast them, in one launch, for :func:`whole_block`.
 
     Of blocks in 8 bits, the weights are quantised, and biases stay as they are.
+
+    Args:
+        blocks: the parameters and the options of each block.
+        memory: the tensors that an earlier block was cast to, by the id of its options. A block with the same options
+            is cast to the same tensors, since nothing but a backward pass reads the casts of a block again. None for
+            new tensors.
     """
     found: list[Parameters] = []
     targets: list[Tensor] = []
@@ -129,7 +139,11 @@ def cast_blocks(blocks: Collection[tuple[Parameters, Options]]) -> list[Paramete
                 values[4::2] = fp8_layers.quantized(parameters[4::2])
                 parameters = Parameters(*values)
             elif {*options.dtypes[4:end]} != {options.dtype}:
-                cast = _new_like(linear, options.dtype)
+                cast = None if memory is None else memory.get(id(options))
+                if cast is None:
+                    cast = _new_like(linear, options.dtype)
+                    if memory is not None:
+                        memory[id(options)] = cast
                 targets += cast
                 sources += linear
                 parameters = Parameters(*parameters[:4], *cast, *parameters[end:])
@@ -162,18 +176,17 @@ class Function(NamedTuple):
 
 
 def applied(
-    function: Function, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
+    function: Function, plans: Plans, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
     branch: Tensor | None, parameters: Parameters,
 ) -> Any:  # fmt: skip
     """Call a function of a transformer block below autograd; tell autograd its derivative if gradients are recorded."""
     if torch.is_grad_enabled():
-        return _apply(function, options, cast, places, shape, x, branch, *parameters)
+        return _apply(function, plans, options, cast, places, shape, x, branch, *parameters)
     with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-        plans = _plans(function, options, places, shape, x, branch)
         return function.forward(plans, options, cast, places, shape, x, branch)[0]
 
 
-def _plans(
+def plans_for(
     function: Function, options: Options, places: Any, shape: torch.Size, x: Tensor, branch: Tensor | None
 ) -> Plans:
     """Return the dict of the functions that compute the ops of a transformer block, for inputs of this layout."""
@@ -193,12 +206,11 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, function: Function, options: Options, cast: Parameters, places: Any, shape: torch.Size, x: Tensor,
-        branch: Tensor | None, *parameters: Tensor,
+        ctx: Any, function: Function, plans: Plans, options: Options, cast: Parameters, places: Any, shape: torch.Size,
+        x: Tensor, branch: Tensor | None, *parameters: Tensor,
     ) -> Any:  # fmt: skip
         """Return the results of the transformer block's function."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            plans = _plans(function, options, places, shape, x, branch)
             results, saved = function.forward(plans, options, cast, places, shape, x, branch)
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the parameters' gradients; None for a parameter that needs no gradient.
@@ -220,7 +232,7 @@ class _Block(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _only_once(ctx, *grads, *ctx.saved_tensors)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            return None, None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
+            return None, None, None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -230,7 +242,7 @@ class _OnlyOnce(torch.autograd.Function):
     def forward(_: Any, ctx: Any, *tensors: Tensor) -> Any:
         """Return the gradients of the transformer block whose context is ``ctx``."""
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            return None, None, None, None, None, *ctx.function(ctx, *tensors)
+            return None, None, None, None, None, None, *ctx.function(ctx, *tensors)
 
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> Any:
@@ -286,6 +298,7 @@ def _backward(
 
 
 _FUNCTION = Function(_forward, _backward)
+block_plans = functools.partial(plans_for, _FUNCTION)
 
 
 def first_norm(

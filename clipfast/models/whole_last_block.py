@@ -26,6 +26,7 @@ from .whole_block import (
     mlp_half,
     mlp_half_grads,
     pair,
+    plans_for,
 )
 
 
@@ -38,7 +39,8 @@ def last_row(
     Of packed texts, whose shape is [1, T, width], the row is the last one of each, in their packed order. The other
     arguments are those of :func:`.whole_block.whole_block`.
     """
-    result: Tensor = applied(_FUNCTION, options, cast, rows, shape, x, branch, parameters)
+    plans = plans_for(_FUNCTION, options, rows, shape, x, branch)
+    result: Tensor = applied(_FUNCTION, plans, options, cast, rows, shape, x, branch, parameters)
     return result
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from clipfast.bench.stub.counts import Ops
 from clipfast.kernels.launch import record_launches
 from clipfast.models import transformer
+from clipfast.models.layers import MLP
 from clipfast.models.transformer import ResidualAttentionBlock, Transformer, read_rows, run_plain
 from tests.numerics import as_good_as_torch
 
@@ -263,15 +264,28 @@ def test_a_profiler_may_watch_one_pass_of_a_recomputed_tower(watched):
     assert x.grad.any()
 
 
-def test_without_gradients_one_block_is_cast_at_a_time():
-    tower, x = Transformer(WIDTH, 4, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+def test_without_gradients_one_block_is_cast_at_a_time_to_the_memory_of_the_one_before():
+    tower, x = Transformer(WIDTH, 6, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    tower.resblocks[2].mlp = MLP(WIDTH, 2 * WIDTH, quick_gelu=False)
+    tower.resblocks[4].register_forward_hook(lambda module, args, out: None)
     cast, function = [], transformer.cast_blocks
+
+    def spied(blocks, *memory):
+        """Cast parameters of blocks, and note the address of each block's first cast weight."""
+        found = function(blocks, *memory)
+        cast.append([one.w_in.data_ptr() for one in found])
+        return found
+
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-        patch.setattr(transformer, "cast_blocks", lambda blocks: cast.append(len(blocks)) or function(blocks))
-        tower(x)
+        patch.setattr(transformer, "cast_blocks", spied)
+        out = tower(x)
+        with_gradients = [*map(len, cast)]
+        cast.clear()
         with torch.no_grad():
-            tower(x)
-    assert cast == [4, 1, 1, 1, 1]
+            assert torch.equal(tower(x), out)
+    assert with_gradients == [4, 1, 1]  # the hook keeps the fifth block from being cast with others
+    assert [*map(len, cast)] == [1] * 6
+    assert cast[0] == cast[1] == cast[3] != cast[2]
 
 
 def test_checkpointing_recomputes_a_whole_block(calls):
