@@ -1,6 +1,7 @@
 """Retrieval ranks on the CPU: the scores are computed tile by tile, by PyTorch's own matrix product."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import cdiv, slices
@@ -13,11 +14,15 @@ TILE_UNIT = 192  # a multiple of the rows and columns that any BLAS keeps in reg
 def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """Count for ``retrieval_ranks`` the other texts that score at least as high as an image's best own text [M], and
     the other images that score at least as high as a text's own image [N].
+
+    For an image without texts these are all texts, and for a text without image all images.
     """
-    (m, d), n = image.shape, len(text)
+    (m, d), n = image.shape, text.shape[0]
     # Every product has the same shape, of whole register blocks. BLAS would sum an incomplete block in another order,
     # and pairs with equal features could then have scores with other bits.
     side = min(TILE, cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
+    if min(m, n) > 0 and max(m, n) <= side:
+        return _ahead_in_one_tile(image, text, owner, side)
     x, y = image.new_zeros(2, side, d, dtype=accumulate_dtype(image.dtype))
     scores, marks = x.new_empty(2, side, side)
     own, one = x.new_empty(n), x.new_ones(())
@@ -43,6 +48,18 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
             text_ahead[texts] -= behind.sum(0).long()
     return image_ahead, text_ahead
+
+
+def _ahead_in_one_tile(image: Tensor, text: Tensor, owner: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return the counts of :func:`ahead` for at most ``side`` images and texts, whose scores are one product."""
+    (m, _), n, work, none = image.shape, text.shape[0], accumulate_dtype(image.dtype), float("-inf")
+    x, y = F.pad(image.to(work), (0, 0, 0, side - m)), F.pad(text.to(work), (0, 0, 0, side - n))
+    scores = torch.mm(x.contiguous(), y.contiguous().T)[:m, :n]
+    is_own = owner == torch.arange(m)[:, None]  # [M, N]
+    own = scores.where(is_own, none).nan_to_num_(none, float("inf"), none)
+    image_behind = (scores < own.amax(1, keepdim=True)).logical_or_(is_own).sum(1)
+    text_behind = (scores < own.amax(0)).logical_or_(is_own).sum(0)
+    return n - image_behind, m - text_behind
 
 
 def slots(owner: Tensor, num_images: int) -> Tensor:

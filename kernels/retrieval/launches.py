@@ -30,4 +30,5 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         image, text, owner32, *best_scores(own, owner, m), *counts, m, n, d, *strides,
         config=cfg, device=device, SPAN=SPAN, GROUP_M=8, **blocks,
     )  # fmt: skip
-    return counts
+    image_ahead, text_ahead = counts
+    return image_ahead.long(), text_ahead.long()

@@ -21,7 +21,6 @@ from ..backends import registered, uses_reference
 from ..checks import check_device, check_float, check_integers, check_like, check_tensor
 from ..launch import triton_runs_on
 from . import cpu, launches
-from .cpu import slots
 
 
 def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
@@ -29,10 +28,11 @@ def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
 
     On a GPU the check would have to wait for the device; there a text with a wrong index counts as having no image.
     """
-    if text_image.device.type != "cpu":
+    if text_image.device.type != "cpu" or text_image.numel() == 0:
         return
-    wrong = (text_image < -1) | (text_image >= num_images)
-    if wrong.any():
+    least, most = text_image.aminmax()
+    if least < -1 or most >= num_images:
+        wrong = (text_image < -1) | (text_image >= num_images)
         place = int(wrong.int().argmax())
         raise ValueError(
             f"{op}: text_image must hold indices of the {num_images} images, or -1 for a text of none, "
@@ -43,13 +43,18 @@ def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
 @registered("retrieval_ranks")
 def _retrieval_ranks(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the ranks for recall@k. This is the registered op."""
-    m = len(image)
-    _check_indices("retrieval_ranks", text_image, m)
-    owner = text_image.where((text_image >= 0) & (text_image < m), -1)
+    m, n = image.shape[0], text.shape[0]
+    if text_image.device.type == "cpu":
+        _check_indices("retrieval_ranks", text_image, m)
+    else:
+        text_image = text_image.where((text_image >= 0) & (text_image < m), -1)
     path = launches if triton_runs_on(image.device) else cpu
-    image_ahead, text_ahead = path.ahead(image, text, owner)
-    has_text = torch.zeros(m + 1, dtype=torch.bool, device=owner.device).index_fill_(0, slots(owner, m), True)[:m]
-    return image_ahead.long().where(has_text, -1), text_ahead.long().where(owner >= 0, -1)
+    image_ahead, text_ahead = path.ahead(image, text, text_image)
+    # All others are ahead of an image without texts and of a text without image, and of no other.
+    return image_ahead.masked_fill_(image_ahead == n, -1), text_ahead.masked_fill_(text_ahead == m, -1)
+
+
+_retrieval_ranks.planned_by(lambda *_: _retrieval_ranks.run)  # Each call decides anew: the op is called rarely.
 
 
 @_retrieval_ranks.register_fake
@@ -85,7 +90,11 @@ def retrieval_ranks(
             no image (on a GPU, where the check would have to wait, such an index counts as -1).
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    op = "retrieval_ranks"
+    op, options, free = "retrieval_ranks", (backend,), (1, 1, 1)  # Nothing depends on the numbers of images and texts.
+    if text_image is not None:
+        compute = _retrieval_ranks.find(options, (image, text, text_image), free)
+        if compute is not None and text_image.shape == text.shape[:1]:
+            return compute(image, text, text_image)
     check_tensor(op, "image", image, 2)
     check_tensor(op, "text", text, 2)
     check_like(op, "text", text, "image", image)
@@ -99,7 +108,8 @@ def retrieval_ranks(
             _check_indices(op, owner, len(image))
         return reference.retrieval_ranks(image.detach(), text.detach(), text_image=owner)
     check_float(op, image=image)
-    return _retrieval_ranks(image.detach(), text.detach(), owner)
+    tensors = image.detach(), text.detach(), owner
+    return _retrieval_ranks.learn(options, tensors, tensors, free)(*tensors)
 
 
 def _owner_tensor(op: str, text_image: Tensor | None, image: Tensor, text: Tensor) -> Tensor:

@@ -17,10 +17,6 @@ GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at 
 def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, indices: Tensor) -> None:
     """Write the k best items of a block of top_k's queries to ``scores`` and ``indices`` [Q, k]."""
     k = scores.shape[1]
-    if len(items) <= MOST_SORTED:
-        for rows in slices(len(query), TILE // len(items)):
-            scores[rows], indices[rows] = _sorted(query[rows], items, allowed, k)
-        return
     maxima = _group_maxima(query, items, allowed)
     groups = best_places(maxima, min(k, maxima.shape[1]))  # [Q, C]
     found = _group_scores(query, items, groups).flatten(1)
@@ -36,15 +32,25 @@ def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, i
     indices.copy_(places.masked_fill_(scores == float("-inf"), -1))
 
 
-def _sorted(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k best items of each of top_k's queries, from their sorted scores with all items."""
-    # Scores are computed by groups: one product with all items could round the scores of equal items differently.
-    groups = torch.arange(cdiv(len(items), GROUP)).expand(len(query), -1)
-    scores = _group_scores(query, items, groups).flatten(1)[:, : len(items)]
-    hidden = scores.isnan() if allowed is None else scores.isnan() | ~allowed
-    scores = F.pad(scores.masked_fill_(hidden, float("-inf")), (0, max(0, k - len(items))), value=float("-inf"))
-    scores, indices = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
-    return scores, indices.masked_fill(scores == float("-inf"), -1)
+def find_among_few(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k best of at most MOST_SORTED items for each of top_k's queries, from their sorted scores with all."""
+    n, work, none = items.shape[0], accumulate_dtype(query.dtype), float("-inf")
+    at_once = TILE // n
+    if query.shape[0] > at_once:
+        parts = [find_among_few(block, items, allowed, k) for block in query.split(at_once)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    # BLAS multiplies whole groups of items, as in _group_scores: it sums an incomplete block of rows in another order,
+    # and equal items could then have scores with other bits.
+    groups = F.pad(items.to(work), (0, 0, 0, -n % GROUP)).contiguous()
+    scores = torch.bmm(groups.expand(query.shape[0], -1, -1), query.to(work).unsqueeze(2)).squeeze(2)[:, :n]
+    if allowed is not None:
+        scores.masked_fill_(~allowed, none)
+    scores.nan_to_num_(none, float("inf"), none)
+    if k > n:
+        scores = F.pad(scores, (0, k - n), value=none)
+    scores, indices = scores.sort(dim=1, descending=True, stable=True)
+    scores, indices = scores[:, :k].contiguous(), indices[:, :k].contiguous()
+    return scores, indices.masked_fill_(scores.isneginf(), -1)
 
 
 def _group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ def find(query: Tensor, items: Tensor, allowed: Tensor | None, scores: Tensor, i
     (q, d), n, k, device = query.shape, len(items), scores.shape[1], query.device
     cfg, groups = gemm_config("top_k", arch_of(device), query.dtype), cdiv(n, GROUP)
     strides, has_allowed = (*query.stride(), *items.stride()), allowed is not None
-    mask = query if allowed is None else allowed.view(torch.uint8)
+    mask = query if allowed is None else allowed.contiguous().view(torch.uint8)
     maxima = query.new_empty((q, groups), dtype=torch.int64)
     launch(
         _group_maxima_kernel, (cdiv(q, cfg.block_m) * cdiv(n, cfg.block_n),),

@@ -31,15 +31,21 @@ GATHERED = 1 << 24  # elements of the chosen groups' items that are in memory at
 @registered("top_k")
 def _top_k(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Find the k best items of each query. This is the registered op."""
+    q, n, on_gpu = query.shape[0], items.shape[0], triton_runs_on(query.device)
+    if not on_gpu and 0 < n <= cpu.MOST_SORTED:
+        return cpu.find_among_few(query, items, allowed, k)
     scores, indices = _top_k_fake(query, items, allowed, k)
-    if 0 in (len(query), len(items)):
+    if 0 in (q, n):
         return scores.fill_(float("-inf")), indices.fill_(-1)
-    find = launches.find if triton_runs_on(query.device) else cpu.find
-    groups = cdiv(len(items), GROUP)
+    find = launches.find if on_gpu else cpu.find
+    groups = cdiv(n, GROUP)
     gathered = min(k, groups) * GROUP * max(1, items.shape[1])
-    for rows in slices(len(query), max(1, min(MAXIMA // groups, GATHERED // gathered))):
+    for rows in slices(q, max(1, min(MAXIMA // groups, GATHERED // gathered))):
         find(query[rows], items, allowed, scores[rows], indices[rows])
     return scores, indices
+
+
+_top_k.planned_by(lambda *_: _top_k.run)  # Each call decides anew: nothing calls this op as often as a block's ops.
 
 
 @_top_k.register_fake
@@ -75,7 +81,13 @@ def top_k(
         ValueError, TypeError: shapes, devices or dtypes that do not fit together, or a k below 1.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    op = "top_k"
+    op, options = "top_k", (k, backend)
+    tensors = (query, items) if allowed is None else (query, items, allowed)
+    free = (1,) * len(tensors)  # Nothing depends on the numbers of queries and items.
+    if k.__class__ is int:
+        compute = _top_k.find(options, tensors, free)
+        if compute is not None and (allowed is None or allowed.shape == items.shape[:1]):
+            return compute(query, items, allowed, k)
     check_tensor(op, "query", query, 2)
     check_tensor(op, "items", items, 2)
     check_like(op, "items", items, "query", query)
@@ -90,9 +102,9 @@ def top_k(
             got = f"{allowed.dtype} {tuple(allowed.shape)}" if isinstance(allowed, Tensor) else type(allowed).__name__
             raise ValueError(f"{op}: allowed must be a bool tensor [{len(items)}], one per item, got {got}")
         check_device(op, "allowed", allowed, "items", items)
-        allowed = allowed.contiguous()
     query, items = query.detach(), items.detach()
     if uses_reference(op, backend, query):
         return reference.top_k(query, items, k, allowed=allowed)
     check_float(op, query=query)
-    return _top_k(query, items, allowed, k)
+    tensors = (query, items) if allowed is None else (query, items, allowed)
+    return _top_k.learn(options, tensors, (query, items, allowed, k), free)(query, items, allowed, k)

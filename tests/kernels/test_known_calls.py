@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from clipfast.kernels import attention, attention_pool, bias_gelu, layer_norm, patch_embed, text_embed
+from clipfast.kernels import (
+    attention,
+    attention_pool,
+    bias_gelu,
+    layer_norm,
+    patch_embed,
+    retrieval_ranks,
+    text_embed,
+    top_k,
+)
 from clipfast.kernels.attention import calls
 from clipfast.kernels.launch import Compiled, Start, record_launches
 from clipfast.verify.ops import lay_out
@@ -80,7 +89,7 @@ def test_no_tensor_of_a_known_call_is_kept(name, device):
 
 
 def test_wrong_options_of_known_calls():
-    x, weight, bias = torch.randn(2, 3, 12), torch.randn(12), torch.randn(12)
+    x, weight, bias, places = torch.randn(2, 3, 12), torch.randn(12), torch.randn(12), torch.arange(3)
     wrong = (
         (lambda eps: layer_norm(x, weight, bias, eps), 1.0, True, r"eps must be a number, got bool"),
         (lambda eps: layer_norm(x, weight, bias, eps), 1.0, [1.0], r"eps must be a number, got list"),
@@ -89,6 +98,9 @@ def test_wrong_options_of_known_calls():
         (lambda bias: bias_gelu(x, bias), weight, weight.tolist(), r"bias must be a torch.Tensor, got list"),
         (lambda tokens: attention_pool(x, tokens), x + 0, [x], r"tokens must be a torch.Tensor, got list"),
         (lambda backend: bias_gelu(x, weight, backend=backend), "auto", "cuda", r"backend must be one of"),
+        (lambda k: top_k(*x, k), 1, True, r"k must be an integer of at least 1, got True"),
+        (lambda allowed: top_k(*x, 1, allowed=allowed), places > 0, places[:2] > 0, r"allowed must be .* \[3\]"),
+        (lambda owner: retrieval_ranks(*x, text_image=owner), places, places[:2], r"text_image must be \[3\]"),
     )
     for call, right, other, message in wrong:
         call(right), call(right)
