@@ -45,17 +45,17 @@ def pack(cu_seqlens: Tensor, total: int, op: str = "pack") -> Packing:
         raise ValueError(f"{op}: cu_seqlens must be [B + 1], got shape {tuple(cu_seqlens.shape)}")
     ends = cu_seqlens.clamp(0, total)
     runs = _read_runs(op, cu_seqlens, total) if host_reads(cu_seqlens) else None
+    # Of each sequence, and last of the tokens of no sequence, which begin at ``total`` and end with the last sequence.
+    first, end = torch.cat([ends[:-1], ends.new_full((1,), total), ends[1:], ends[-1:]]).view(2, -1)
     if runs is not None:
-        lengths = torch.cat([ends.diff(), total - ends[-1:]])  # the last entry counts the tokens of no sequence
-        sequence = torch.arange(len(lengths), dtype=torch.int32, device=ends.device).repeat_interleave(lengths)
+        sequence = torch.repeat_interleave((end - first).abs_(), output_size=total)
     else:
         # The number of a token's sequence is the number of sequences that end before the token. It is computed on the
         # GPU, since the host would have to wait for the lengths.
         tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
         sequence = torch.searchsorted(ends[1:], tokens, right=True, out_int32=True)
-    first = torch.cat([ends[:-1], ends.new_full((1,), total)]).index_select(0, sequence)
-    end = torch.cat([ends[1:], ends[-1:]]).index_select(0, sequence)
-    packing = Packing(ends, torch.stack([first, end]), sequence)
+    bounds = torch.stack([first.index_select(0, sequence), end.index_select(0, sequence)])
+    packing = Packing(ends, bounds, sequence)
     if runs is not None and not ends.is_inference():  # a tensor that was made in inference mode has no version
         for places in packing[:2]:
             _known[places] = places._version, runs

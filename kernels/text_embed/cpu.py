@@ -57,16 +57,34 @@ def forward_packed(
     Raises:
         IndexError: an id that is no row of the table, or a position that is no row of ``positional_embedding``.
     """
-    _refuse_outside(text, len(token_embedding))
-    positions = torch.arange(len(text), dtype=torch.int32) - bounds[0]
-    longest = int(positions.max()) + 1 if len(text) else 0
-    if longest > len(positional_embedding):
-        raise IndexError(f"text_embed: a text has {longest} tokens, more than {len(positional_embedding)} positions")
-    has_text = positions >= 0
-    rows = torch.embedding(token_embedding, text).to(accumulate_dtype(token_embedding.dtype))
-    rows.add_(torch.embedding(positional_embedding, positions.clamp(min=0)))
-    ids = torch.stack([text.to(torch.int32), positions]).masked_fill_(~has_text, -1)
-    return rows.mul_(has_text[:, None]).to(dtype), ids
+    total, starts = text.shape[0], bounds[0]
+    positions = torch.arange(total, dtype=torch.int32) - starts
+    # The first token of no text is said to be ``total``, and the starts are in ascending order.
+    all_have_text = total > 0 and starts[-1].item() < total
+    places = positions if all_have_text else positions.clamp(min=0)
+    sizes = token_embedding.shape[0], positional_embedding.shape[0]
+    if token_embedding.numel() == 0 or sizes[1] == 0:  # PyTorch does not look at the ids of an empty table
+        _refuse_wrong(text, positions, *sizes)
+    try:
+        rows = torch.embedding(token_embedding, text).to(accumulate_dtype(token_embedding.dtype))
+        rows.add_(torch.embedding(positional_embedding, places))
+    except IndexError:
+        _refuse_wrong(text, positions, *sizes)
+        raise
+    ids = torch.stack([text.to(torch.int32), positions])
+    if not all_have_text:
+        has_text = positions >= 0
+        ids.masked_fill_(~has_text, -1)
+        rows.mul_(has_text[:, None])
+    return rows.to(dtype), ids
+
+
+def _refuse_wrong(text: Tensor, positions: Tensor, vocab: int, most: int) -> None:
+    """Refuse packed texts with an id that is no row of its table, or with more than ``most`` tokens in a text."""
+    _refuse_outside(text, vocab)
+    longest = int(positions.max()) + 1 if positions.shape[0] else 0
+    if longest > most:
+        raise IndexError(f"text_embed: a text has {longest} tokens, more than {most} positions")
 
 
 def _refuse_outside(text: Tensor, vocab: int) -> None:

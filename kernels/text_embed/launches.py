@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common import as_rows, cdiv, new_tensors, row_strides
+from ..common import as_rows, cdiv, new_tensors, num_rows, row_strides
 from ..configs import row_config
 from ..launch import arch_of, launch, plan_start, programs_at_once
 from .kernels import _segment_sums_kernel, _text_embed_fwd_kernel, _text_embed_packed_kernel
@@ -83,22 +83,22 @@ def backward_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) ->
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
     rows_of_chunk = cfg.block_m  # a program adds up these rows one by one
     block_n, is_first, is_last = cfg.block_n, True, False
-    (num_rows, width), strides = (grad.shape[0] * grad.shape[1], grad.shape[2]), row_strides(grad)[0]
+    rows_left, width, strides = num_rows(grad), grad.shape[-1], row_strides(grad)[0]
     steps = []
     while not is_last:
-        chunks = cdiv(num_rows, rows_of_chunk)
+        chunks = cdiv(rows_left, rows_of_chunk)
         is_last = chunks <= 1
         num_sums = chunks * cdiv(width, block_n)
         clearing = cdiv(vocab, CLEAR_ROWS) if is_first else 0
         start = plan_start(
             _segment_sums_kernel, (num_sums + clearing,),
-            num_rows, width, vocab, num_sums, num_rows.bit_length(), *strides,
+            rows_left, width, vocab, num_sums, rows_left.bit_length(), *strides,
             config=cfg, device=grad.device, HAS_ORDER=is_first, IS_LAST=is_last,
             CHUNK=rows_of_chunk, BLOCK_N=block_n, NUM_STAGES=cfg.num_stages, CLEAR_ROWS=CLEAR_ROWS,
         )  # fmt: skip
-        num_rows, strides = 0 if is_last else 2 * chunks, (width, 1)
+        rows_left, strides = 0 if is_last else 2 * chunks, (width, 1)
         steps.append(
-            (start, new_tensors(grad, (num_rows, width), torch.float32), new_tensors(grad, (num_rows,), ids.dtype))
+            (start, new_tensors(grad, (rows_left, width), torch.float32), new_tensors(grad, (rows_left,), ids.dtype))
         )
         rows_of_chunk, block_n, is_first = min(rows_of_chunk, LATER_CHUNK), min(block_n, LATER_BLOCK_N), False
     new_out = new_tensors(grad, (vocab, width), dtype)

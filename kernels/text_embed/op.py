@@ -151,11 +151,11 @@ def _packed_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
     """Return the gradients of packed texts' token and position tables, both summed by index, to autograd."""
     if grad is None:
         return (None,) * 5
-    bwd, free = _text_embed_bwd_token, () if triton_runs_on(grad.device) else (2, 2)
+    bwd, free = _text_embed_bwd_token, () if triton_runs_on(grad.device) else (1, 1)
     grads: list[Tensor | None] = [None, None]
     for k, (indices, table) in enumerate(zip(ctx.saved_tensors[0], ctx.tables, strict=True)):
         if ctx.needs_input_grad[1 + k]:
-            tensors = grad[None], indices[None]
+            tensors = grad, indices
             args = *tensors, *table
             grads[k] = (bwd.find(table, tensors, free) or bwd.learn(table, tensors, args, free))(*args)
     return None, *grads, None, None
@@ -216,18 +216,19 @@ def _text_embed_packed(
 ) -> Tensor:
     """Embed packed texts, as :func:`text_embed` documents it."""
     op, fwd, tables, options = "text_embed", _text_embed_packed_fwd, (token_embedding, positional_embedding), (backend,)
-    if isinstance(cu_seqlens, Packing):
-        tensors = text, *tables, cu_seqlens.bounds
-        compute = fwd.find(options, tensors, _free_sizes(cu_seqlens))
-        if compute is not None and cu_seqlens.bounds.shape == (2, *text.shape):
-            return compute(*tensors, autocast_dtype(token_embedding))[0]
+    if not isinstance(cu_seqlens, Packing):
+        _check_text(text, 1)
+        cu_seqlens = packing_for(op, cu_seqlens, text)
+    tensors = text, *tables, cu_seqlens.bounds
+    compute = fwd.find(options, tensors, _free_sizes(cu_seqlens))
+    if compute is not None and cu_seqlens.bounds.shape == (2, *text.shape):
+        return compute(*tensors, autocast_dtype(token_embedding))[0]
     _check_inputs(text, *tables, 1)
     packing = packing_for(op, cu_seqlens, text)
     dtype = autocast_dtype(token_embedding)
     if uses_reference(op, backend, text):
         return reference.text_embed(text, *tables, cu_seqlens=packing).to(dtype)
     check_float(op, token_embedding=token_embedding, positional_embedding=positional_embedding)
-    tensors = text, *tables, packing.bounds
     args = *tensors, dtype
     return fwd.learn(options, tensors, args, _free_sizes(packing))(*args)[0]
 
@@ -240,11 +241,16 @@ def _free_sizes(packing: Packing) -> tuple[int, ...]:
     return () if triton_runs_on(packing.bounds.device) else (1, 0, 0, 2)
 
 
-def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, ndim: int) -> None:
-    """Refuse inputs whose types, shapes or devices do not fit together."""
+def _check_text(text: Tensor, ndim: int) -> None:
+    """Refuse token ids that are no tensor of integers with ``ndim`` dimensions."""
     check_integers("text_embed", "text", text)
     if text.ndim != ndim:
         raise ValueError(f"text_embed: text must be {('[T]', '[B, L]')[ndim - 1]}, got shape {tuple(text.shape)}")
+
+
+def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, ndim: int) -> None:
+    """Refuse inputs whose types, shapes or devices do not fit together."""
+    _check_text(text, ndim)
     check_tensor("text_embed", "token_embedding", token_embedding, 2)
     check_tensor("text_embed", "positional_embedding", positional_embedding, 2)
     length, width = text.shape[1] if ndim == 2 else 0, token_embedding.shape[1]
