@@ -235,7 +235,7 @@ class Op:
         One call to C++ compares all of this. ``free`` says for each tensor how many of its first dimensions may differ
         in size and stride, because no decision of the planner depends on them.
         """
-        if is_dynamo_compiling() or tensors[0].__class__ not in PLAIN:
+        if is_dynamo_compiling() or not self._known or tensors[0].__class__ not in PLAIN:
             return None
         try:
             if free:

@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -187,28 +189,70 @@ def _multiprocessors_of(device: torch.device, on_cpu: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 
+class _Thread(threading.local):
+    """What each thread notes of the plans that it starts."""
+
+    starts: "list[tuple[Plan, tuple[Any, ...]]] | None" = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def noted_starts() -> "Iterator[list[tuple[Plan, tuple[Any, ...]]]]":
+    """Collect the plans that this thread starts in the context, each with its tensors, descriptors or None."""
+    outer, _thread.starts = _thread.starts, []
+    try:
+        yield _thread.starts
+    finally:
+        _thread.starts = outer
+
+
 class Compiled(NamedTuple):
     """A kernel that a plan starts by itself.
 
     Attributes:
-        start: starts the kernel, given a stream and its tensors' addresses.
+        start: starts the kernel, given a stream and its tensors' addresses or descriptors.
         kernel: Triton's object, which is kept because Triton unloads the kernel when it is freed.
+        launch: starts the kernel like ``start``, but gets a tensor map, the sizes and the strides in place of each
+            descriptor; None if only ``start`` can start it.
+        map_makers: functions, one for each descriptor, that return its tensor map, sizes and strides.
     """
 
     start: Callable[[int, Sequence[Any]], None]
     kernel: CompiledKernel
+    launch: Callable[[int, Sequence[Any]], None] | None = None
+    map_makers: Sequence[Callable[[TensorDescriptor], list[Any]]] = ()
 
 
-def _starts(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Callable[..., None]:
-    """Return the function that starts a compiled kernel; ``rest`` are the arguments after its tensors.
+def _compiled(compiled: CompiledKernel, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Compiled:
+    """Return a compiled kernel with the functions that start it; ``rest`` are the arguments after its tensors.
 
     A kernel without scratch memory is passed directly to the function in C that Triton's launcher calls, since the
     launcher's Python code has nothing to allocate for it.
     """
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     if run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False):
-        return lambda stream, at: run(*grid, stream, function, metadata, None, None, None, *at, *rest)
-    launch, head = run.launch, (function, run.launch_cooperative_grid, run.launch_pdl)
+        head = function, metadata, None, None, None
+        return Compiled(lambda stream, at: run(*grid, stream, *head, *at, *rest), compiled)
+    start = _starts(compiled, run.launch, grid, rest)
+    code = getattr(run.launch, "__code__", None)
+    if code is None:  # a function in C, which takes no descriptors
+        return Compiled(start, compiled, start)
+    # Triton wraps the function in C by a function that makes tensor maps of descriptors.
+    launch = dict(zip(code.co_freevars, run.launch.__closure__, strict=True))["launcher"].cell_contents
+    make = sys.modules[run.__class__.__module__].make_tensordesc_arg
+    more = (None,) * (make.__code__.co_argcount - 2)  # Triton 3.9 passes it one argument more, which it ignores
+    makers = [lambda x, meta=meta: make(x, meta, *more) for meta in compiled.metadata.tensordesc_meta or ()]
+    return Compiled(start, compiled, _starts(compiled, launch, grid, rest) if makers else None, makers)
+
+
+def _starts(
+    compiled: CompiledKernel, launch: Callable[..., None], grid: tuple[int, ...], rest: tuple[Any, ...]
+) -> Callable[..., None]:
+    """Return the function that starts a compiled kernel by ``launch``; the others are as in :func:`_compiled`."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    head = function, run.launch_cooperative_grid, run.launch_pdl
     if hasattr(run, "kernel_signature"):  # Triton 3.9 takes the arguments as one tuple
         tail = metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature
         return lambda stream, at: launch(*grid, stream, *head, *tail, (*at, *rest))
@@ -252,8 +296,14 @@ class Plan:
 
         An empty grid starts nothing.
         """
+        if _thread.starts is not None:
+            _thread.starts.append((self, tensors))
         if not self.start_compiled(tensors):
             self.start_by_triton(tensors)
+
+    def compiled_for(self, tensors: tuple[Any, ...]) -> Compiled | None:
+        """Return the kernel compiled for tensors of these dtypes and alignments, or None if there is none."""
+        return self.compiled.get(_bind(tensors)[0])
 
     def start_compiled(self, tensors: tuple[Any, ...]) -> bool:
         """Start the kernel compiled for tensors of these dtypes and alignments; return False if there is none."""
@@ -292,8 +342,8 @@ class Plan:
             return
         if isinstance(compiled, CompiledKernel):
             constexprs = (self._constexprs[name] for name in kernel.arg_names[len(arguments) :])
-            start = _starts(compiled, (*self._grid, 1, 1)[:3], (*self._numbers, *constexprs))
-            self.compiled[_bind(tensors)[0]] = Compiled(start, compiled)
+            found = _compiled(compiled, (*self._grid, 1, 1)[:3], (*self._numbers, *constexprs))
+            self.compiled[_bind(tensors)[0]] = found
             active = driver.active
             self.stream_of, self._device_of = active.get_current_stream, active.get_current_device
             # current_device checks that CUDA is initialised, and then calls _cuda_getDevice.

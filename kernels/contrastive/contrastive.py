@@ -19,7 +19,10 @@ Method: the loss of Radford et al. 2021, with the blockwise softmax of FlashAtte
 directions at once.
 """
 
+import functools
 import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +30,14 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_bool
-from ..dtypes import accumulate_dtype
+from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
 from .one_block import softmax_gradients
 from .shared import (
+    call_planned,
     check_pairs,
+    features_pass,
     gradients_in_strips,
     is_one_block,
     logit_blocks,
@@ -49,6 +54,24 @@ from .stats import ALL, Normalizers, pair_losses, pairs_in
 MEMORY = ("default", "min")
 
 
+def _plan_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor,
+    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes the contrastive loss for tensors with the layout of the arguments."""
+    if triton_runs_on(image.device):
+        forward = functools.partial(launches.pair_losses, offset=offset, both=both, normalize=normalize, dtype=dtype)
+        return features_pass(forward, (image, text, None), dtype, normalize=normalize)
+
+    def compute(image: Tensor, text: Tensor, logit_scale: Tensor, *_: object) -> tuple[Tensor, ...]:
+        """Compute the contrastive loss on a CPU."""
+        x, y = (side.rows for side in prepare_both(image, text, dtype, normalize=normalize))
+        stats = cpu.statistics(x, y, logit_scale, offset)
+        return *pair_losses(stats, offset, both=both), stats.uses_shared_shift
+
+    return compute
+
+
 @registered("contrastive_fwd")
 def _contrastive_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor,
@@ -58,17 +81,39 @@ def _contrastive_fwd(
 
     row and col hold maximum, inv_denom and g. g is one_minus_p summed over the directions of the loss.
     """
-    x, y = (side.rows for side in prepare_both(image, text, dtype, normalize=normalize))
-    if triton_runs_on(image.device):
-        return launches.pair_losses(x, y, logit_scale, offset, both=both)
-    stats = cpu.statistics(x, y, logit_scale, offset)
-    return *pair_losses(stats, offset, both=both), stats.uses_shared_shift
+    args = image, text, logit_scale, offset, both, normalize, dtype, save_memory
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_forward(*args)(*args)
+    return found
+
+
+_contrastive_fwd.planned_by(_plan_forward)
 
 
 @_contrastive_fwd.register_fake
 def _(image: Tensor, text: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row, col = (logit_scale.new_empty(3, x.shape[0]) for x in (image, text))
     return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
+
+
+def _plan_backward(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
+    row: Tensor, col: Tensor, uses_shared_shift: Tensor,
+    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes the contrastive loss's gradients for tensors with the arguments' layout."""
+    if not is_one_block(image, text, dtype):
+        return _gradients_in_blocks
+    backward = functools.partial(
+        softmax_gradients, offset=offset, weight=1 / _terms_of(image, text, offset, both), normalize=normalize,
+        dtype=dtype, grad_dtype=image.dtype,
+    )  # fmt: skip
+    return features_pass(backward, (None, image, text, *[None] * 4), dtype, normalize=normalize)
+
+
+def _terms_of(image: Tensor, text: Tensor, offset: int, both: bool) -> int:
+    """Return the number of terms in the mean that the contrastive loss is, and 1 if there are none."""
+    paired, _ = pairs_in(len(image), len(text), offset)
+    return max((2 if both else 1) * (paired.stop - paired.start), 1)
 
 
 @registered("contrastive_bwd")
@@ -78,19 +123,28 @@ def _contrastive_bwd(
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of the contrastive loss with respect to images, texts and scale."""
+    args = (
+        grad_loss, image, text, logit_scale, row, col, uses_shared_shift, offset, both, normalize, dtype, save_memory
+    )  # fmt: skip
+    found: tuple[Tensor, Tensor, Tensor] = _plan_backward(*args)(*args)
+    return found
+
+
+_contrastive_bwd.planned_by(_plan_backward)
+
+
+def _gradients_in_blocks(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
+    row: Tensor, col: Tensor, uses_shared_shift: Tensor,
+    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of the contrastive loss from several blocks of G, or on a CPU."""
     normalizers = Normalizers(row, col, uses_shared_shift)
     blocks = logit_blocks(image.device)
     x, y = prepare_both(image, text, dtype, normalize=normalize)
-    paired, _ = pairs_in(len(image), len(text), offset)
-    terms = max((2 if both else 1) * (paired.stop - paired.start), 1)
     image_grad = new_gradient(image)
-    if is_one_block(x.rows, y.rows):
-        text_grad = new_gradient(text)
-        return image_grad, text_grad, softmax_gradients(
-            grad_loss, x, y, logit_scale, normalizers, offset, 1 / terms, image_grad, text_grad
-        )  # fmt: skip
     row_one_minus_p, col_one_minus_p = row[2], col[2]
-    coefficient = grad_loss.to(row_one_minus_p.dtype) / terms
+    coefficient = grad_loss.to(row_one_minus_p.dtype) / _terms_of(image, text, offset, both)
     factor = coefficient * logit_scale
     acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
 
@@ -151,26 +205,33 @@ def contrastive_loss(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "contrastive_loss"
-    check_pairs(op, ("image", "text"), image, text, offset)
-    check_bool(op, "normalize", normalize)
     if type(offset) is not int:
         offset = operator.index(offset)
+    save_memory = memory == "min"
+    options = op, normalize, normalize.__class__, offset, memory, backend
+    compute = _contrastive_fwd.find(options, (image, text, logit_scale))  # type: ignore[arg-type]
+    if compute is not None:
+        loss: Tensor = compute(image, text, logit_scale, offset, True, normalize, autocast_dtype(image), save_memory)[0]
+        return loss
+    check_pairs(op, ("image", "text"), image, text, offset)
+    check_bool(op, "normalize", normalize)
     if memory not in MEMORY:
         raise ValueError(f"{op}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     scale = scale_tensor(op, logit_scale, image)
     return pairwise_loss(
-        op, "image", image, text, scale, backend,
-        both=True, normalize=normalize, offset=offset, save_memory=memory == "min",
+        op, "image", image, text, scale, backend, options,
+        both=True, normalize=normalize, offset=offset, save_memory=save_memory,
     )  # fmt: skip
 
 
 def pairwise_loss(
-    op: str, row_name: str, rows: Tensor, cols: Tensor, logit_scale: Tensor, backend: str, *,
+    op: str, row_name: str, rows: Tensor, cols: Tensor, logit_scale: Tensor, backend: str, options: tuple[Any, ...], *,
     both: bool, normalize: bool, offset: int, save_memory: bool,
 ) -> Tensor:  # fmt: skip
     """Return the loss of rows against columns, in ``both`` directions or of the rows only; arguments are checked.
 
-    ``op`` and ``row_name`` appear in errors: the name of the loss, and the name of its argument for ``rows``.
+    ``op`` and ``row_name`` appear in errors: the name of the loss, and the name of its argument for ``rows``. A later
+    call finds its plan by ``options``.
     """
     if uses_reference(op, backend, rows):
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)
@@ -178,7 +239,9 @@ def pairwise_loss(
     scale = logit_scale.to(accumulate_dtype(dtype))
     if offset == 0 and suits_whole(rows, cols, dtype):  # with offset 0, there are as many columns as rows
         x, y = whole_operands(rows, cols, normalize=normalize, dtype=dtype)
-        loss = whole_loss(x, y, scale) if both else whole_info_nce_loss(x, y, y[:0], scale, in_batch=True)
-        if loss is not None:
-            return loss
-    return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, save_memory)[0]
+        found = whole_loss(x, y, scale) if both else whole_info_nce_loss(x, y, y[:0], scale, in_batch=True)
+        if found is not None:
+            return found
+    args = rows, cols, scale, offset, both, normalize, dtype, save_memory
+    loss: Tensor = call_planned(_contrastive_fwd, options, args[:3], args)[0]
+    return loss

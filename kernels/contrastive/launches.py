@@ -25,6 +25,7 @@ from .operands import (
     layout_of,
     plan_on_tiles,
     prepare,
+    prepare_both,
     processors,
     rows_config,
     tile_config,
@@ -87,12 +88,13 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
 
 
 def pair_losses(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, both: bool
+    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, both: bool, normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss of the pairs and the vectors for the gradient, as :func:`.stats.pair_losses`.
 
-    Also return uses_shared_shift, as in :class:`.stats.SoftmaxStats`.
+    Also return uses_shared_shift, as in :class:`.stats.SoftmaxStats`. The features are as a loss gets them.
     """
+    x, y = (side.rows for side in prepare_both(x, y, dtype, normalize=normalize))
     row, col, _, loss, uses_shared_shift = _pairs(x, y, logit_scale, offset, is_loss=True, both=both)
     return loss, row, col, uses_shared_shift
 
@@ -240,8 +242,14 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     return one_minus_p, sums
 
 
-def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return the sigmoid loss [] of features x [M, D] and y [N, D], without gradients; NaN if M is 0."""
+def sigmoid_loss(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, offset: int, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor]:
+    """Return the sigmoid loss [] of features [M, D] and [N, D] without gradients; NaN if M is 0.
+
+    The arguments are those of :func:`pair_losses`.
+    """
+    x, y = (side.rows for side in prepare_both(x, y, dtype, normalize=normalize))
     # The configuration is that of the kernel for G, which has the same loop.
     of_rows, cfg = rows_config(x), gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     m = x.shape[0]
@@ -260,7 +268,7 @@ def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, 
         layout = layout_of(x[rows], y[cols], offset + rows.start - cols.start)
         _sigmoid_sums_plan(layout, count, cfg).start(x[rows], y[cols], logit_scale, logit_bias, of_block)
     _mean_plan(x.device, sum(counts), m).start(losses, losses, loss, loss, loss, losses)
-    return loss
+    return (loss,)
 
 
 @planned

@@ -14,7 +14,7 @@ from ..configs import RowConfig, planned, row_config
 from ..launch import Plan, arch_of
 from .launches import mean_of, programs_of_pairs, start_pairs
 from .merge_kernels import _queries_kernel, _views_kernel
-from .operands import Layout, layout_of, totals_plan, vector
+from .operands import Layout, layout_of, prepare, prepare_both, totals_plan, vector
 
 VIEWS = RowConfig(block_m=128, block_n=1, num_warps=4, num_stages=1)  # a program merges block_m pairs of views
 # The features of a block of logits, the offset of its pairs, and vectors [2, M] and [2, N] for its statistics.
@@ -22,9 +22,15 @@ Block = tuple[Tensor, Tensor, int, Tensor, Tensor]
 
 
 def info_nce(
-    x: Tensor, y: Tensor, queue: Tensor, logit_scale: Tensor, *, in_batch: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return InfoNCE's loss [], row [3, N] and uses_shared_shift [] for queries x, keys y [N, D] and a queue [K, D]."""
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *,
+    in_batch: bool, normalize: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return InfoNCE's loss [], row [3, N] and uses_shared_shift [] for queries, keys [N, D] and negatives [K, D].
+
+    The features are as the loss gets them.
+    """
+    x, y = (side.rows for side in prepare_both(query, key, dtype, normalize=normalize))
+    queue = prepare(negatives, dtype, normalize=normalize).rows
     stats, row = vector(x, 2, 2, len(x)), vector(x, 3, len(x))
     # With the offset len(queue), no query forms a pair with a negative of the queue.
     blocks = [(x, queue, len(queue), stats[0], vector(x, 2, len(queue)))]
@@ -52,8 +58,14 @@ def _queries_plan(layouts: tuple[Layout, ...], stride_y: int) -> tuple[list[int]
     return counts, merging, totals_plan(device, 1, sum(counts), mean_of(n), has_flags=True, has_grad_loss=False)
 
 
-def nt_xent(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return NT-Xent's loss [], row and col [2, 3, N] and uses_shared_shift [] for views x and y [N, D]."""
+def nt_xent(
+    first: Tensor, second: Tensor, logit_scale: Tensor, *, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return NT-Xent's loss [], row and col [2, 3, N] and uses_shared_shift [] for both views [N, D].
+
+    The features are as the loss gets them.
+    """
+    x, y = (side.rows for side in prepare_both(first, second, dtype, normalize=normalize))
     stats, row, col = vector(x, 6, 2, len(x)), vector(x, 2, 3, len(x)), vector(x, 2, 3, len(x))
     xx_row, xx_col, yy_row, yy_col, xy_row, xy_col = stats.unbind()
     # Among the logits of first views with first views, and of second with second, the pairs with offset 0 are each view

@@ -24,6 +24,10 @@ The product x y^T serves both views, and x x^T and y y^T are symmetric. That mak
 6 N^2 D FLOPs forward and 14 N^2 D backward. Pairs and logits are treated as in InfoNCE.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,14 +35,17 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_bool, check_like, check_tensor
 from ..common import LOG2E
-from ..dtypes import accumulate_dtype
+from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches, merges
 from .contrastive import pairwise_loss
 from .one_block import softmax_gradients
 from .shared import (
+    call_planned,
     check_pairs,
+    features_pass,
     gradients_in_strips,
+    is_one_block,
     logit_blocks,
     new_gradient,
     operand_dtype,
@@ -48,7 +55,29 @@ from .shared import (
     scale_tensor,
 )
 from .small_batch import suits_whole, whole_info_nce_loss, whole_nt_xent_loss, whole_operands
-from .stats import Features, Normalizers, merge, new_stats, pair_products, pair_terms
+from .stats import Normalizers, merge, new_stats, pair_products, pair_terms
+
+
+def _plan_info_nce(
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
+    in_batch: bool, normalize: bool, dtype: torch.dtype,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes the InfoNCE loss for tensors with the layout of the arguments."""
+    if not triton_runs_on(query.device):
+        return _info_nce_on_cpu
+    how: dict[str, Any] = {"normalize": normalize, "dtype": dtype}
+    if not in_batch or not _are_joined(query, key, negatives, dtype):
+        forward: Any = functools.partial(merges.info_nce, in_batch=in_batch, **how)
+        return features_pass(forward, (query, key, negatives, None), **how)
+    forward = functools.partial(launches.pair_losses, offset=0, both=False, **how)
+    joined = features_pass(forward, (query, _columns_like(key, negatives), None), **how)
+
+    def compute(query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *_: object) -> tuple[Tensor, ...]:
+        """Compute the InfoNCE loss of keys and negatives in one matrix."""
+        loss, row, _col, uses_shared_shift = joined(query, torch.cat((key, negatives)), logit_scale)
+        return loss, row, uses_shared_shift
+
+    return compute
 
 
 @registered("info_nce_fwd")
@@ -60,15 +89,20 @@ def _info_nce_fwd(
 
     row holds maximum, inv_denom and one_minus_p of the queries.
     """
-    joined = _joined(query, key, negatives, dtype, normalize=normalize) if in_batch else None
-    if joined is not None:
-        x, columns = (side.rows for side in joined)
-        loss, row, _, uses_shared_shift = launches.pair_losses(x, columns, logit_scale, 0, both=False)
-        return loss, row, uses_shared_shift
-    x, y = (side.rows for side in prepare_both(query, key, dtype, normalize=normalize))
-    queue = logit_blocks(query.device).prepare(negatives, dtype, normalize=normalize).rows
-    if triton_runs_on(query.device):
-        return merges.info_nce(x, y, queue, logit_scale, in_batch=in_batch)
+    args = query, key, negatives, logit_scale, in_batch, normalize, dtype
+    found: tuple[Tensor, Tensor, Tensor] = _plan_info_nce(*args)(*args)
+    return found
+
+
+_info_nce_fwd.planned_by(_plan_info_nce)
+
+
+def _info_nce_on_cpu(
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
+    in_batch: bool, normalize: bool, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the results of the op for InfoNCE, on a CPU."""
+    x, y, queue = (cpu.prepare(side, dtype, normalize=normalize).rows for side in (query, key, negatives))
     # With the offset len(queue), no query forms a pair with a negative of the queue.
     parts = [cpu.statistics(x, queue, logit_scale, len(queue)) if len(queue) else new_stats(x, queue)]
     if in_batch:
@@ -90,6 +124,42 @@ def _(
     return logit_scale.new_empty(()), row, logit_scale.new_empty((), dtype=torch.int8)
 
 
+def _plan_info_nce_gradients(
+    grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
+    row: Tensor, uses_shared_shift: Tensor,
+    in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes InfoNCE's gradients for tensors with the layout of the arguments."""
+    how: dict[str, Any] = {"normalize": normalize, "dtype": dtype}
+    if in_batch and _are_joined(query, key, negatives, dtype):
+        return _joined_gradients(query, key, negatives, needs_key, needs_negatives, how)
+    needs: dict[str, Any] = {"in_batch": in_batch, "needs_key": needs_key, "needs_negatives": needs_negatives}
+    function: Any = functools.partial(_info_nce_parts, **needs, **how, grad_dtype=query.dtype)
+    is_pass = not in_batch and is_one_block(query, negatives, dtype)
+    if is_pass:
+        others = [None] * (7 + needs_key + needs_negatives)
+        function = features_pass(function, (query, key, negatives, *others), **how)
+
+    def inputs_of(grad_loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs of ``_info_nce_parts`` after the coefficient of InfoNCE's gradients."""
+        query, key, negatives, logit_scale, row, _ = others
+        coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
+        of_negatives = _nothing_from_columns(row, len(negatives)), row.new_zeros(len(negatives))
+        sides = query, *[key] * needs_key, *[negatives] * needs_negatives
+        zeros = [torch.zeros(side.shape, dtype=row.dtype, device=row.device) for side in sides] if is_pass else []
+        return coefficient, *others, coefficient * logit_scale, *of_negatives, *zeros
+
+    def compute(*args: Any) -> tuple[Tensor, ...]:
+        """Compute the gradients of InfoNCE."""
+        coefficient, *inputs = inputs_of(*args[:7])
+        query_grad, *parts = function(*inputs)
+        key_grad = parts.pop(0) if needs_key else new_gradient(args[2][:0])
+        negatives_grad = parts.pop(0) if needs_negatives else new_gradient(args[3][:0])
+        return query_grad, key_grad, negatives_grad, scale_gradient(parts, coefficient)
+
+    return compute
+
+
 @registered("info_nce_bwd")
 def _info_nce_bwd(
     grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
@@ -100,36 +170,80 @@ def _info_nce_bwd(
 
     The gradients of keys and negatives have no rows if they are not needed.
     """
-    joined = _joined(query, key, negatives, dtype, normalize=normalize) if in_batch else None
-    if joined is not None:
-        normalizers = Normalizers(row, _nothing_from_columns(row, len(key) + len(negatives)), uses_shared_shift)
-        query_grad, n = new_gradient(query), len(key)
-        grad = query.new_empty(n + len(negatives), query.shape[1]) if needs_key or needs_negatives else None
-        scale_grad = softmax_gradients(grad_loss, *joined, logit_scale, normalizers, 0, 1 / n, query_grad, grad)
-        key_grad, negatives_grad = (query[:0], query[:0]) if grad is None else (grad[:n], grad[n:])
+    args: Any = (
+        grad_loss, query, key, negatives, logit_scale, row, uses_shared_shift,
+        in_batch, normalize, dtype, needs_key, needs_negatives,
+    )  # fmt: skip
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_info_nce_gradients(*args)(*args)
+    return found
+
+
+_info_nce_bwd.planned_by(_plan_info_nce_gradients)
+
+
+def _columns_like(key: Tensor, negatives: Tensor) -> Tensor:
+    """Return a tensor with the layout of keys and negatives in one matrix, and without their values."""
+    return key.new_empty(len(key) + len(negatives), key.shape[1])
+
+
+def _joined_gradients(
+    query: Tensor, key: Tensor, negatives: Tensor, needs_key: bool, needs_negatives: bool, how: dict[str, Any]
+) -> Callable[..., Any]:
+    """Return the function that computes InfoNCE's gradients for keys and negatives in one matrix."""
+    n = len(key)
+    backward = functools.partial(
+        softmax_gradients, offset=0, weight=1 / n, grad_dtype=query.dtype, has_text=needs_key or needs_negatives, **how
+    )  # fmt: skip
+    replay = features_pass(backward, (None, query, _columns_like(key, negatives), *[None] * 4), **how)
+
+    def compute(
+        grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, row: Tensor,
+        uses_shared_shift: Tensor, *_: object,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Compute the gradients of InfoNCE."""
+        columns = torch.cat((key, negatives))
+        of_columns = _nothing_from_columns(row, len(columns))
+        query_grad, *grads, scale_grad = replay(
+            grad_loss, query, columns, logit_scale, row, of_columns, uses_shared_shift
+        )
+        key_grad, negatives_grad = (grads[0][:n], grads[0][n:]) if grads else (query[:0], query[:0])
         # The results of an op must not share memory, and a compiler takes them to start at multiples of 16 bytes.
         key_grad = key_grad.clone() if needs_key else new_gradient(key[:0])
         negatives_grad = negatives_grad if needs_negatives else new_gradient(negatives[:0])
         if negatives_grad.storage_offset() * negatives_grad.itemsize % 16:
             negatives_grad = negatives_grad.clone()
         return query_grad, key_grad, negatives_grad, scale_grad
+
+    return compute
+
+
+def _info_nce_parts(
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, row: Tensor, uses_shared_shift: Tensor,
+    factor: Tensor, of_queue: Tensor, zeros: Tensor, *accumulators: Tensor,
+    in_batch: bool, needs_key: bool, needs_negatives: bool, normalize: bool, dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return InfoNCE's gradients of the queries, of keys and negatives if needed, and the terms of that of the scale.
+
+    ``accumulators`` has zeros for these gradients, or nothing.
+    """
     blocks = logit_blocks(query.device)
     x, y = prepare_both(query, key, dtype, normalize=normalize)
     queue = blocks.prepare(negatives, dtype, normalize=normalize)
-    coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
-    factor = coefficient * logit_scale
-    query_grad = new_gradient(query)
-    acc_key = blocks.new_accumulator(len(key), y.rows) if needs_key else None
-    acc_queue = blocks.new_accumulator(len(negatives), queue.rows) if needs_negatives else None
-    of_keys = _nothing_from_columns(row, len(key) if in_batch else 0)
-    of_queue = _nothing_from_columns(row, len(negatives))
+    given = iter(accumulators)
+    acc = next(given, None)
+    acc_key, acc_queue = (
+        (next(given, None) if accumulators else blocks.new_accumulator(len(side.rows), side.rows)) if needed else None
+        for side, needed in ((y, needs_key), (queue, needs_negatives))
+    )
+    of_keys = _nothing_from_columns(row, len(key)) if in_batch else None
     one_minus_p = row[2]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the InfoNCE gradient of a strip of queries, against the batch's keys and the queue."""
         own, of_rows = x.rows[strip], row[:, strip]
         scale_sums = []
-        if in_batch:
+        if of_keys is not None:
             normalizers = Normalizers(of_rows, of_keys, uses_shared_shift)
             scale_sums.append(blocks.add_gradients(own, y.rows, logit_scale, normalizers, strip.start, acc, acc_key))
         normalizers = Normalizers(of_rows, of_queue, uses_shared_shift)
@@ -137,33 +251,30 @@ def _info_nce_bwd(
         scale_sums.append(blocks.add_gradients(own, queue.rows, logit_scale, normalizers, no_pair, acc, acc_queue))
         return scale_sums
 
-    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, query_grad, add)
-    key_grad = new_gradient(key if needs_key else key[:0])  # allocated here, so that it can reuse the memory of G
-    negatives_grad = new_gradient(negatives if needs_negatives else negatives[:0])
+    grads = [new_gradient(query, grad_dtype)]
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, grads[0], add, acc)
+    # These gradients are allocated here, so that they can reuse the memory of G.
     if acc_key is not None:
-        blocks.finish(acc_key, y, x.rows, 0, one_minus_p, factor, key_grad)
+        grads.append(new_gradient(key, grad_dtype))
+        blocks.finish(acc_key, y, x.rows, 0, one_minus_p, factor, grads[-1])
     if acc_queue is not None:
+        grads.append(new_gradient(negatives, grad_dtype))
         # With the offset len(query), no negative of the queue is part of a pair.
-        zeros = row.new_zeros(len(negatives))
-        blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, negatives_grad)
-    return query_grad, key_grad, negatives_grad, scale_gradient(parts, coefficient)
+        blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, grads[-1])
+    return *grads, *(part for part in parts if part is not None)
 
 
 register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
 
 
-def _joined(
-    query: Tensor, key: Tensor, negatives: Tensor, dtype: torch.dtype, *, normalize: bool
-) -> tuple[Features, Features] | None:
-    """Return the queries, and the keys and negatives as one matrix, in the form that products take.
+def _are_joined(query: Tensor, key: Tensor, negatives: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether kernels take the keys and negatives as one matrix.
 
-    Return None unless kernels compute the gradients from one block of their logits. Then InfoNCE with the keys of the
-    batch is the contrastive loss of the queries with these columns, in one direction.
+    They do if they compute the gradients from one block of the logits. Then InfoNCE with the keys of the batch is the
+    contrastive loss of the queries with these columns, in one direction.
     """
-    columns, width = len(key) + len(negatives), query.shape[1]
-    if not triton_runs_on(query.device) or not launches.is_one_block(query.device, dtype, len(query), columns, width):
-        return None
-    return prepare_both(query, torch.cat((key, negatives)), dtype, normalize=normalize)
+    sizes = len(query), len(key) + len(negatives), query.shape[1]
+    return triton_runs_on(query.device) and launches.is_one_block(query.device, dtype, *sizes)
 
 
 def _nothing_from_columns(row: Tensor, columns: int) -> Tensor:
@@ -209,16 +320,27 @@ def info_nce_loss(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "info_nce_loss"
+    options = op, in_batch, in_batch.__class__, normalize, normalize.__class__, backend
+    if negatives is None:
+        check_pairs(op, ("query", "key"), query, key)
+        check_bool(op, "in_batch", in_batch)
+        check_bool(op, "normalize", normalize)
+        scale = scale_tensor(op, logit_scale, query, like_name="query")
+        if not in_batch:
+            raise ValueError(f"{op}: in_batch=False needs negatives [K, D], got None")
+        return pairwise_loss(
+            op, "query", query, key, scale, backend, options,
+            both=False, normalize=normalize, offset=0, save_memory=False,
+        )  # fmt: skip
+    tensors: Any = (query, key, negatives, logit_scale)
+    compute = _info_nce_fwd.find(options, tensors)
+    if compute is not None:
+        found: Tensor = compute(*tensors, in_batch, normalize, autocast_dtype(query))[0]
+        return found
     check_pairs(op, ("query", "key"), query, key)
     check_bool(op, "in_batch", in_batch)
     check_bool(op, "normalize", normalize)
     scale = scale_tensor(op, logit_scale, query, like_name="query")
-    if negatives is None:
-        if not in_batch:
-            raise ValueError(f"{op}: in_batch=False needs negatives [K, D], got None")
-        return pairwise_loss(
-            op, "query", query, key, scale, backend, both=False, normalize=normalize, offset=0, save_memory=False
-        )
     check_tensor(op, "negatives", negatives, 2)
     check_like(op, "negatives", negatives, "query", query)
     if negatives.shape[1] != query.shape[1]:
@@ -229,10 +351,22 @@ def info_nce_loss(
     scale = scale.to(accumulate_dtype(dtype))
     if suits_whole(query, negatives, dtype) and (not in_batch or suits_whole(query, key, dtype)):
         x, y, queue = whole_operands(query, key, negatives, normalize=normalize, dtype=dtype)
-        loss = whole_info_nce_loss(x, y, queue, scale, in_batch=in_batch)
-        if loss is not None:
-            return loss
-    return _info_nce_fwd(query, key, negatives, scale, in_batch, normalize, dtype)[0]
+        whole = whole_info_nce_loss(x, y, queue, scale, in_batch=in_batch)
+        if whole is not None:
+            return whole
+    args = query, key, negatives, scale, in_batch, normalize, dtype
+    loss: Tensor = call_planned(_info_nce_fwd, options, args[:4], args)[0]
+    return loss
+
+
+def _plan_nt_xent(
+    first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """Return the function that computes the NT-Xent loss for tensors with the layout of the arguments."""
+    if not triton_runs_on(first.device):
+        return _nt_xent_on_cpu
+    forward = functools.partial(merges.nt_xent, normalize=normalize, dtype=dtype)
+    return features_pass(forward, (first, second, None), dtype, normalize=normalize)
 
 
 @registered("nt_xent_fwd")
@@ -245,9 +379,19 @@ def _nt_xent_fwd(
     over both views of the pair) twice: [0] treats a view as a row of the logits of its own side, and [1] as a column.
     These logits are symmetric, so [0] and [1] differ by rounding only.
     """
-    x, y = (side.rows for side in prepare_both(first, second, dtype, normalize=normalize))
-    if triton_runs_on(first.device):
-        return merges.nt_xent(x, y, logit_scale)
+    args = first, second, logit_scale, normalize, dtype
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_nt_xent(*args)(*args)
+    return found
+
+
+_nt_xent_fwd.planned_by(_plan_nt_xent)
+
+
+def _nt_xent_on_cpu(
+    first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of the op for NT-Xent, on a CPU."""
+    x, y = (cpu.prepare(side, dtype, normalize=normalize).rows for side in (first, second))
     # Among the logits of first views with first views, and of second with second, the pairs with offset 0 are each view
     # with itself. They are left out; all other logits belong to negatives.
     within = [cpu.statistics(side, side, logit_scale, 0) for side in (x, y)]
@@ -272,18 +416,60 @@ def _(first: Tensor, second: Tensor, logit_scale: Tensor, *options: object) -> t
     return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
 
 
+def _plan_nt_xent_gradients(
+    grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
+    row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes NT-Xent's gradients for tensors with the layout of the arguments."""
+    function: Any = functools.partial(_nt_xent_parts, normalize=normalize, dtype=dtype, grad_dtype=first.dtype)
+    is_pass = is_one_block(first, second, dtype)
+    if is_pass:
+        function = features_pass(function, (first, second, *[None] * 7), dtype, normalize=normalize)
+
+    def compute(
+        grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
+        row: Tensor, col: Tensor, uses_shared_shift: Tensor, *_: object,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Compute the gradients of NT-Xent."""
+        coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
+        zeros = [row.new_zeros(side.shape) for side in (first, second)] if is_pass else []
+        first_grad, second_grad, *parts = function(
+            first, second, logit_scale, row, col, uses_shared_shift, coefficient * logit_scale, *zeros
+        )
+        if is_pass and len(parts) == 5:
+            parts.insert(0, parts[0])  # it counts twice, as ``_nt_xent_parts`` explains
+        # Each logit is a product of two features, and the gradients of both count it. Therefore the sum is halved.
+        return first_grad, second_grad, scale_gradient(parts, coefficient / 2)
+
+    return compute
+
+
 @registered("nt_xent_bwd")
 def _nt_xent_bwd(
     grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the NT-Xent gradients of both views and of the scale."""
+    args = grad_loss, first, second, logit_scale, row, col, uses_shared_shift, normalize, dtype
+    found: tuple[Tensor, Tensor, Tensor] = _plan_nt_xent_gradients(*args)(*args)
+    return found
+
+
+_nt_xent_bwd.planned_by(_plan_nt_xent_gradients)
+
+
+def _nt_xent_parts(
+    first: Tensor, second: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, uses_shared_shift: Tensor,
+    factor: Tensor, *accumulators: Tensor, normalize: bool, dtype: torch.dtype, grad_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the NT-Xent gradients of both views, and the terms of that of the scale.
+
+    ``accumulators`` has zeros for both gradients, or nothing.
+    """
     blocks = logit_blocks(first.device)
     x, y = prepare_both(first, second, dtype, normalize=normalize)
-    coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
-    factor = coefficient * logit_scale
-    first_grad = new_gradient(first)
-    acc_second = blocks.new_accumulator(len(second), y.rows)
+    first_grad = new_gradient(first, grad_dtype)
+    acc_first, acc_second = accumulators or (None, blocks.new_accumulator(len(second), y.rows))
     (row, row_within), (col, col_within) = row, col
     one_minus_p = row[2]
 
@@ -297,16 +483,16 @@ def _nt_xent_bwd(
         # logit, so the columns take the column sums.
         normalizers = Normalizers(row[:, strip], row_within, uses_shared_shift)
         within = blocks.add_gradients(own, x.rows, logit_scale, normalizers, start, acc, None)
-        # ``across`` counts twice, since its logits contribute to the gradients of first and of second views.
-        return [across, across, within]
+        # ``across`` counts twice, since its logits contribute to the gradients of first and of second views. But a pass
+        # returns each tensor once.
+        return [across, within] if accumulators else [across, across, within]
 
-    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add)
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add, acc_first)
     normalizers = Normalizers(col, col_within, uses_shared_shift)
     parts.append(blocks.add_gradients(y.rows, y.rows, logit_scale, normalizers, 0, acc_second, None))
-    second_grad = new_gradient(second)  # allocated here, so that it can reuse the memory of G
+    second_grad = new_gradient(second, grad_dtype)  # allocated here, so that it can reuse the memory of G
     parts.append(blocks.finish(acc_second, y, x.rows, 0, one_minus_p, factor, second_grad))
-    # Each logit is a product of two features, and the gradients of both count it. Therefore the sum is halved.
-    return first_grad, second_grad, scale_gradient(parts, coefficient / 2)
+    return first_grad, second_grad, *(part for part in parts if part is not None)
 
 
 register_gradients(_nt_xent_fwd, _nt_xent_bwd)
@@ -334,6 +520,12 @@ def nt_xent_loss(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "nt_xent_loss"
+    options = op, normalize, normalize.__class__, backend
+    tensors: Any = (first, second, logit_scale)
+    compute = _nt_xent_fwd.find(options, tensors)
+    if compute is not None:
+        found: Tensor = compute(*tensors, normalize, autocast_dtype(first))[0]
+        return found
     check_pairs(op, ("first", "second"), first, second)
     check_bool(op, "normalize", normalize)
     scale = scale_tensor(op, logit_scale, first, like_name="first")
@@ -343,7 +535,9 @@ def nt_xent_loss(
     scale = scale.to(accumulate_dtype(dtype))
     if suits_whole(first, second, dtype, 2):  # each side of the logits has both views
         (views,) = whole_operands(torch.cat((first, second)), normalize=normalize, dtype=dtype)
-        loss = whole_nt_xent_loss(views, scale)
-        if loss is not None:
-            return loss
-    return _nt_xent_fwd(first, second, scale, normalize, dtype)[0]
+        whole = whole_nt_xent_loss(views, scale)
+        if whole is not None:
+            return whole
+    args = first, second, scale, normalize, dtype
+    loss: Tensor = call_planned(_nt_xent_fwd, options, args[:3], args)[0]
+    return loss

@@ -16,9 +16,9 @@ from ..configs import RowConfig, planned, row_config
 from ..launch import Plan, arch_of
 from .kernels import _sigmoid_pairs_kernel
 from .one_block_kernels import _gradients_kernel, _scaled_kernel, _through_norm_kernel
-from .operands import Layout, Tile, has_tma, layout_of, tile_config, tile_of, tiles, totals_plan, vector
+from .operands import Layout, Tile, has_tma, layout_of, prepare_both, tile_config, tile_of, tiles, totals_plan, vector
 from .products import GradPlan, grad_plan, scale_of_grad
-from .stats import Features, Normalizers
+from .stats import Features
 from .strips import PART_COLS
 
 SCALED = RowConfig(block_m=1, block_n=4096, num_warps=8, num_stages=1)  # block_n elements for each program
@@ -46,18 +46,28 @@ class _Gradients(NamedTuple):
 
 
 def softmax_gradients(
-    grad_loss: Tensor, x: Features, y: Features, logit_scale: Tensor, normalizers: Normalizers, offset: int,
-    weight: float, image_grad: Tensor, text_grad: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Write the gradients of the contrastive loss to ``image_grad`` and ``text_grad``, and return that of the scale.
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor,
+    uses_shared_shift: Tensor, *,
+    offset: int, weight: float, normalize: bool, dtype: torch.dtype, grad_dtype: torch.dtype, has_text: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of the contrastive loss: of the images, of the texts if ``has_text``, and of the scale.
 
-    The texts' gradient is not computed if ``text_grad`` is None. Row 2 of ``normalizers.row`` is one_minus_p.
-    ``weight`` is one over the number of terms in the loss, a mean.
+    Args:
+        grad_loss: [], the upstream gradient.
+        image, text: features as a loss gets them.
+        logit_scale, row, col, uses_shared_shift: see :class:`.stats.Normalizers`; row 2 of ``row`` is one_minus_p.
+        offset, normalize: as :func:`.contrastive.contrastive_loss` gets them.
+        weight: one over the number of terms in the loss, a mean.
+        dtype: the dtype of the products' operands.
+        grad_dtype: the dtype of the gradients of the features.
+        has_text: whether the texts' gradient is computed.
     """
-    row, col, uses_shared_shift = normalizers
+    x, y = prepare_both(image, text, dtype, normalize=normalize)
     layout = layout_of(x.rows, y.rows, offset)
-    how = _gradients(layout, weight, x.inv_norm is not None, True, text_grad is not None)
-    text_grad = image_grad if text_grad is None else text_grad  # no program writes to a text_grad that is None
+    how = _gradients(layout, weight, normalize, True, has_text)
+    image_grad = image.new_empty(image.shape, dtype=grad_dtype)
+    # No program writes a gradient of the texts that is not wanted.
+    text_grad = text.new_empty(text.shape, dtype=grad_dtype) if has_text else image_grad
     numbers, scale_grad = vector(x.rows, how.length), vector(x.rows)
     grad = new_rows(x.rows, layout.m, layout.n)
     how.of_g.start(x.rows, y.rows, grad, logit_scale, uses_shared_shift, row, row[1], col, col[1], numbers)
@@ -77,16 +87,21 @@ def softmax_gradients(
         scale_grad,
         scale_grad,
     )
-    return scale_grad
+    return (image_grad, text_grad, scale_grad) if has_text else (image_grad, scale_grad)
 
 
 def sigmoid_gradients(
-    x: Features, y: Features, logit_scale: Tensor, logit_bias: Tensor, offset: int,
-    image_grad: Tensor, text_grad: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write the gradients of the sigmoid loss, and return the loss [] and the gradients of bias and scale [2]."""
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *,
+    offset: int, normalize: bool, dtype: torch.dtype, grad_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the sigmoid loss [], and the gradients of the images, of the texts, and of bias and scale [2].
+
+    The arguments are those of :func:`softmax_gradients`.
+    """
+    x, y = prepare_both(image, text, dtype, normalize=normalize)
     layout = layout_of(x.rows, y.rows, offset)
-    how = _gradients(layout, 1 / layout.m, x.inv_norm is not None, False, True)
+    how = _gradients(layout, 1 / layout.m, normalize, False, True)
+    image_grad, text_grad = (side.new_empty(side.shape, dtype=grad_dtype) for side in (image, text))
     pairs, programs = how.pairs
     numbers, one_minus_p = vector(x.rows, 3, how.length), vector(x.rows, layout.m)
     of_loss, of_bias, of_scale = numbers.unbind()
@@ -99,13 +114,17 @@ def sigmoid_gradients(
     _write_gradients(
         how, grad, x, y, one_minus_p, logit_scale, None, image_grad, text_grad, numbers, of_pairs, loss, number_grads
     )
-    return loss, number_grads
+    return loss, image_grad, text_grad, number_grads
 
 
-def scaled(grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, numbers: Tensor, *outs: Tensor) -> None:
-    """Write three gradients of a contrastive loss, which are contiguous, times ``grad_loss`` to ``outs``."""
+def scaled(
+    grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, numbers: Tensor, *, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return three gradients of a loss, which are contiguous, times ``grad_loss``; those of features in ``dtype``."""
     plan = _scaled_plan(image_grad.device, image_grad.numel(), text_grad.numel(), numbers.numel())
+    outs = *(torch.empty_like(grad, dtype=dtype) for grad in (image_grad, text_grad)), torch.empty_like(numbers)
     plan.start(image_grad, text_grad, numbers, grad_loss, *outs)
+    return outs
 
 
 @planned

@@ -93,9 +93,20 @@ def _normalize_plan(device: torch.device, dtype: torch.dtype, m: int, n: int, d:
     )
 
 
+def copy_of(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Callable[[Tensor], Tensor] | None:
+    """Return the function that copies features with the layout of ``x`` as :func:`prepare_both` would copy them.
+
+    Return None if it would not. Only features that do not start at a multiple of 16 bytes are left for it to copy.
+    """
+    if normalize or (x.dtype == dtype and _has_aligned_rows(x)):
+        return None
+    return lambda x: new_rows(x, x.shape[0], x.shape[1], dtype).copy_(x)
+
+
 def _aligned(x: Tensor) -> Features:
     """Return features that are not to be normalised, copied if tensor descriptors cannot describe their rows."""
-    return Features(x if _is_aligned(x) else new_rows(x, *x.shape).copy_(x), None)
+    is_aligned = _has_aligned_rows(x) and x.data_ptr() % 16 == 0
+    return Features(x if is_aligned else new_rows(x, *x.shape).copy_(x), None)
 
 
 def vector(like: Tensor, *size: int) -> Tensor:
@@ -190,8 +201,8 @@ def tile_of(rows: int, cols: int, layout: Layout) -> Tile:
     return (rows, cols) if has_tma(layout.device, layout.dtype, layout.d) else None
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """Return True if a tensor descriptor can describe the rows of these features."""
+def _has_aligned_rows(x: Tensor) -> bool:
+    """Return True if a tensor descriptor can describe the rows of these features, if the first one is aligned."""
     # A stride below the width belongs to expanded or overlapping rows, which a tensor descriptor cannot describe.
     is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
-    return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0

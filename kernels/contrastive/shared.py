@@ -16,8 +16,37 @@ from ..backends import Op
 from ..checks import check_device, check_float, check_like, check_tensor
 from ..dtypes import FLOATS, autocast_dtype, dtype_name
 from ..launch import triton_runs_on
+from ..replay import Pass
 from . import cpu, launches, operands
 from .stats import Features
+
+
+def call_planned(op: Op, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
+    """Return the results of an op of a loss for checked arguments, by a kept plan where kernels compute it.
+
+    ``options`` and ``tensors`` are as :meth:`.backends.Op.learn` gets them.
+    """
+    if not triton_runs_on(tensors[0].device):
+        return op(*args)
+    return (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
+
+
+def features_pass(
+    function: Callable[..., tuple[Tensor, ...]], like: Sequence[Tensor | None], dtype: torch.dtype, *, normalize: bool
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a :class:`.replay.Pass` of ``function`` as a planner of a loss returns it.
+
+    Args:
+        function: gets the tensors of the loss's op, with features as kernels take them.
+        like: for each tensor among the arguments of the op, which come first: features of its layout, or None for a
+            tensor that is no features. The pass ignores the other arguments.
+        dtype, normalize: see :func:`.operands.prepare_both`.
+    """
+    count, replay = len(like), Pass(function)
+    copies = [None if x is None else operands.copy_of(x, dtype, normalize=normalize) for x in like]
+    if not any(copies):
+        return lambda *args: replay(*args[:count])
+    return lambda *args: replay(*[copy(x) if copy else x for x, copy in zip(args[:count], copies, strict=True)])
 
 
 def logit_blocks(device: torch.device) -> ModuleType:
@@ -32,9 +61,9 @@ def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -
     return cpu.prepare(x, dtype, normalize=normalize), cpu.prepare(y, dtype, normalize=normalize)
 
 
-def is_one_block(x: Tensor, y: Tensor) -> bool:
+def is_one_block(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
     """Return whether kernels compute the gradients from one block of G, without accumulators."""
-    return triton_runs_on(x.device) and launches.is_one_block(x.device, x.dtype, *x.shape[:1], *y.shape)
+    return triton_runs_on(x.device) and launches.is_one_block(x.device, dtype, *x.shape[:1], *y.shape)
 
 
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
@@ -108,19 +137,20 @@ def new_gradient(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def gradients_in_strips(
     blocks: ModuleType, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
-    add: Callable[[slice, Tensor], list[Tensor | None]],
+    add: Callable[[slice, Tensor], list[Tensor | None]], accumulator: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute the gradient of features in strips of rows, so that only a strip at a time is held in float32.
 
     ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns the results
-    of its calls of :func:`.launches.add_gradients`. The other arguments are those of :func:`.launches.finish`.
+    of its calls of :func:`.launches.add_gradients`. ``accumulator`` has zeros for the rows if they are a single strip;
+    without it, accumulators are made here. The other arguments are those of :func:`.launches.finish`.
 
     Returns:
         The terms of the gradient of the scale, for :func:`scale_gradient`: the results of ``finish`` and ``add``.
     """
     parts = []
     for strip in blocks.strips(own.rows, other):
-        acc = blocks.new_accumulator(strip.stop - strip.start, own.rows)
+        acc = blocks.new_accumulator(strip.stop - strip.start, own.rows) if accumulator is None else accumulator
         parts += add(strip, acc)
         parts.append(
             blocks.finish(acc, own.part(strip), other, offset + strip.start, one_minus_p[strip], factor, out[strip])
@@ -173,7 +203,8 @@ def register_gradients(forward: Op, backward: Op, *, optional: Sequence[int] = (
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         required = {position: ctx.needs_input_grad[position] for position in optional}
-        found = backward(grad_loss, *ctx.saved_tensors, *ctx.options, *required.values())
+        tensors, options = (grad_loss, *ctx.saved_tensors), (*ctx.options, *required.values())
+        found = call_planned(backward, options, tensors, (*tensors, *options))
         kept = [grad if required.get(position, True) else None for position, grad in enumerate(found)]
         return *kept, *(None,) * len(ctx.options)
 

@@ -21,7 +21,9 @@ loss is known only in the backward pass.
 Method: the loss of Zhai et al. 2023 (equation 1).
 """
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,11 +32,15 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..checks import check_bool
-from ..dtypes import accumulate_dtype
+from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
+from ..replay import Pass
+from . import cpu, launches
 from .one_block import scaled, sigmoid_gradients
 from .shared import (
+    call_planned,
     check_pairs,
+    features_pass,
     gradients_in_strips,
     is_one_block,
     logit_blocks,
@@ -47,21 +53,55 @@ from .small_batch import suits_whole, whole_operands, whole_sigmoid_loss
 from .stats import pairs_in
 
 
+def _plan_forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
+    offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that computes the sigmoid loss for tensors with the layout of the arguments.
+
+    It returns the loss alone unless ``with_grads``.
+    """
+    how: dict[str, Any] = {"offset": offset, "normalize": normalize, "dtype": dtype}
+    if with_grads and is_one_block(image, text, dtype):
+        function: Any = functools.partial(sigmoid_gradients, **how, grad_dtype=_held_dtype(image))
+    elif not with_grads and triton_runs_on(image.device):
+        function = functools.partial(launches.sigmoid_loss, **how)
+    else:
+        return _loss_and_gradients_in_blocks if with_grads else _loss_on_cpu
+    return features_pass(function, (image, text, None, None), dtype, normalize=normalize)
+
+
 @registered("sigmoid_fwd")
 def _sigmoid_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the sigmoid loss, and with ``with_grads`` its gradients of images, of texts, and of bias and scale [2]."""
+    args = image, text, logit_scale, logit_bias, offset, normalize, dtype, with_grads
+    loss, *grads = _plan_forward(*args)(*args)
+    image_grad, text_grad, number_grads = grads or _no_gradients(logit_scale)
+    return loss, image_grad, text_grad, number_grads
+
+
+_sigmoid_fwd.planned_by(_plan_forward)
+
+
+def _loss_on_cpu(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
+    offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
+) -> tuple[Tensor]:  # fmt: skip
+    """Return the sigmoid loss without gradients on a CPU."""
+    x, y = (cpu.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
+    return (cpu.sigmoid_loss(x, y, logit_scale, logit_bias, offset),)
+
+
+def _loss_and_gradients_in_blocks(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
+    offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the sigmoid loss and its gradients from several blocks of G, or on a CPU."""
     blocks = logit_blocks(image.device)
     x, y = prepare_both(image, text, dtype, normalize=normalize)
-    if with_grads and is_one_block(x.rows, y.rows):
-        grads = _held_gradient(image), _held_gradient(text)
-        loss, number_grads = sigmoid_gradients(x, y, logit_scale, logit_bias, offset, *grads)
-        return loss, *grads, number_grads
-    if not with_grads:
-        loss = blocks.sigmoid_loss(x.rows, y.rows, logit_scale, logit_bias, offset)
-        return loss, *_no_gradients(logit_scale)
     one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
     factor = logit_scale / max(len(image), 1)
     image_grad = _held_gradient(image)
@@ -96,7 +136,12 @@ def _no_gradients(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _held_gradient(features: Tensor) -> Tensor:
     """Return an uninitialised gradient of the sigmoid loss, which is kept between the forward and the backward pass."""
-    return new_gradient(features, torch.float32 if features.dtype == torch.float16 else None)
+    return new_gradient(features, _held_dtype(features))
+
+
+def _held_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype of the gradients that are kept between the passes."""
+    return torch.float32 if features.dtype == torch.float16 else features.dtype
 
 
 @_sigmoid_fwd.register_fake
@@ -110,6 +155,27 @@ def _(
     return loss, _held_gradient(image), _held_gradient(text), logit_scale.new_empty(2)
 
 
+def _plan_backward(
+    grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """Return the function that multiplies the sigmoid loss's gradients, for tensors with the arguments' layout."""
+    if not triton_runs_on(image_grad.device):
+        return _scaled_on_cpu
+    replay = Pass(functools.partial(scaled, dtype=dtype))
+    return lambda *args: replay(*args[:4])
+
+
+def _scaled_on_cpu(
+    grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return the sigmoid loss's gradients multiplied by the upstream gradient, on a CPU."""
+    grads = image_grad, text_grad, number_grads
+    outs = tuple(torch.empty_like(grad, dtype=kind) for grad, kind in zip(grads, (dtype, dtype, None), strict=True))
+    for grad, out in zip(grads, outs, strict=True):
+        torch.mul(grad, grad_loss, out=out)
+    return outs
+
+
 @registered("sigmoid_bwd")
 def _sigmoid_bwd(
     grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
@@ -117,14 +183,12 @@ def _sigmoid_bwd(
     """Return the sigmoid loss's gradients multiplied by the upstream gradient; those of the features are in
     ``dtype``.
     """
-    of_images, of_texts = (torch.empty_like(grad, dtype=dtype) for grad in (image_grad, text_grad))
-    grads, outs = (image_grad, text_grad, number_grads), (of_images, of_texts, torch.empty_like(number_grads))
-    if triton_runs_on(image_grad.device):
-        scaled(grad_loss, *grads, *outs)
-    else:
-        for grad, out in zip(grads, outs, strict=True):
-            torch.mul(grad, grad_loss, out=out)
-    return outs
+    args = grad_loss, image_grad, text_grad, number_grads, dtype
+    found: tuple[Tensor, Tensor, Tensor] = _plan_backward(*args)(*args)
+    return found
+
+
+_sigmoid_bwd.planned_by(_plan_backward)
 
 
 @_sigmoid_bwd.register_fake
@@ -146,7 +210,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     """Return the gradients of the sigmoid loss to autograd."""
     if grad_loss is None:
         return (None,) * 8
-    of_images, of_texts, of_numbers = _sigmoid_bwd(grad_loss, *ctx.saved_tensors, ctx.dtype)
+    tensors = grad_loss, *ctx.saved_tensors
+    of_images, of_texts, of_numbers = call_planned(_sigmoid_bwd, (ctx.dtype,), tensors, (*tensors, ctx.dtype))
     return of_images, of_texts, of_numbers[1], of_numbers[0], None, None, None, None
 
 
@@ -187,10 +252,17 @@ def sigmoid_loss(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "sigmoid_loss"
-    check_pairs(op, ("image", "text"), image, text, offset)
-    check_bool(op, "normalize", normalize)
     if type(offset) is not int:
         offset = operator.index(offset)
+    options = op, normalize, normalize.__class__, offset, backend, torch.is_grad_enabled()
+    tensors: Any = (image, text, logit_scale, logit_bias)
+    compute = _sigmoid_fwd.find(options, tensors)
+    if compute is not None:
+        with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        loss: Tensor = compute(*tensors, offset, normalize, autocast_dtype(image), with_grads)[0]
+        return loss
+    check_pairs(op, ("image", "text"), image, text, offset)
+    check_bool(op, "normalize", normalize)
     scale = scale_tensor(op, logit_scale, image)
     bias = scale_tensor(op, logit_bias, image, name="logit_bias")
     if uses_reference(op, backend, image):
@@ -202,4 +274,5 @@ def sigmoid_loss(
         return whole_sigmoid_loss(x, y, scale.to(wide), bias.to(wide), offset)
     inputs = image, text, scale.to(wide), bias.to(wide)
     with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _sigmoid_fwd(*inputs, offset, normalize, dtype, with_grads)[0]
+    found: Tensor = call_planned(_sigmoid_fwd, options, inputs, (*inputs, offset, normalize, dtype, with_grads))[0]
+    return found
