@@ -209,10 +209,11 @@ def contrastive_loss(
         offset = operator.index(offset)
     save_memory = memory == "min"
     options = op, normalize, normalize.__class__, offset, memory, backend
-    compute = _contrastive_fwd.find(options, (image, text, logit_scale))  # type: ignore[arg-type]
-    if compute is not None:
-        loss: Tensor = compute(image, text, logit_scale, offset, True, normalize, autocast_dtype(image), save_memory)[0]
-        return loss
+    known = known_loss(
+        options, image, text, logit_scale, both=True, normalize=normalize, offset=offset, save_memory=save_memory
+    )  # fmt: skip
+    if known is not None:
+        return known
     check_pairs(op, ("image", "text"), image, text, offset)
     check_bool(op, "normalize", normalize)
     if memory not in MEMORY:
@@ -224,6 +225,21 @@ def contrastive_loss(
     )  # fmt: skip
 
 
+def known_loss(
+    options: tuple[Any, ...], rows: Tensor, cols: Tensor, logit_scale: Tensor | float, *,
+    both: bool, normalize: bool, offset: int = 0, save_memory: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """Return the loss that :func:`pairwise_loss` returns, if it was called with equal ``options`` and layouts before.
+
+    Otherwise return None; then the arguments have to be checked.
+    """
+    compute = _contrastive_fwd.find(options, (rows, cols, logit_scale))  # type: ignore[arg-type]
+    if compute is None:
+        return None
+    loss: Tensor = compute(rows, cols, logit_scale, offset, both, normalize, autocast_dtype(rows), save_memory)[0]
+    return loss
+
+
 def pairwise_loss(
     op: str, row_name: str, rows: Tensor, cols: Tensor, logit_scale: Tensor, backend: str, options: tuple[Any, ...], *,
     both: bool, normalize: bool, offset: int, save_memory: bool,
@@ -231,7 +247,7 @@ def pairwise_loss(
     """Return the loss of rows against columns, in ``both`` directions or of the rows only; arguments are checked.
 
     ``op`` and ``row_name`` appear in errors: the name of the loss, and the name of its argument for ``rows``. A later
-    call finds its plan by ``options``.
+    call finds its plan by ``options`` (:func:`known_loss`).
     """
     if uses_reference(op, backend, rows):
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)

@@ -38,7 +38,7 @@ from ..common import LOG2E
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches, merges
-from .contrastive import pairwise_loss
+from .contrastive import known_loss, pairwise_loss
 from .one_block import softmax_gradients
 from .shared import (
     call_planned,
@@ -137,17 +137,17 @@ def _plan_info_nce_gradients(
     function: Any = functools.partial(_info_nce_parts, **needs, **how, grad_dtype=query.dtype)
     is_pass = not in_batch and is_one_block(query, negatives, dtype)
     if is_pass:
-        others = [None] * (7 + needs_key + needs_negatives)
+        others = [None] * (6 + needs_key + 2 * needs_negatives)
         function = features_pass(function, (query, key, negatives, *others), **how)
 
     def inputs_of(grad_loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Return the inputs of ``_info_nce_parts`` after the coefficient of InfoNCE's gradients."""
         query, key, negatives, logit_scale, row, _ = others
         coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
-        of_negatives = _nothing_from_columns(row, len(negatives)), row.new_zeros(len(negatives))
-        sides = query, *[key] * needs_key, *[negatives] * needs_negatives
-        zeros = [torch.zeros(side.shape, dtype=row.dtype, device=row.device) for side in sides] if is_pass else []
-        return coefficient, *others, coefficient * logit_scale, *of_negatives, *zeros
+        of_negatives = _nothing_from_columns(row, len(negatives))
+        shapes = query.shape, *[key.shape] * needs_key, *[negatives.shape, negatives.shape[:1]] * needs_negatives
+        zeros = [row.new_zeros(shape) for shape in shapes] if is_pass else []
+        return coefficient, *others, coefficient * logit_scale, of_negatives, *zeros
 
     def compute(*args: Any) -> tuple[Tensor, ...]:
         """Compute the gradients of InfoNCE."""
@@ -219,21 +219,21 @@ def _joined_gradients(
 
 def _info_nce_parts(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, row: Tensor, uses_shared_shift: Tensor,
-    factor: Tensor, of_queue: Tensor, zeros: Tensor, *accumulators: Tensor,
+    factor: Tensor, of_queue: Tensor, *zeros: Tensor,
     in_batch: bool, needs_key: bool, needs_negatives: bool, normalize: bool, dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return InfoNCE's gradients of the queries, of keys and negatives if needed, and the terms of that of the scale.
 
-    ``accumulators`` has zeros for these gradients, or nothing.
+    ``zeros`` is empty, or has zeros of the shapes of these gradients, and then [K] if that of K negatives is needed.
     """
     blocks = logit_blocks(query.device)
     x, y = prepare_both(query, key, dtype, normalize=normalize)
     queue = blocks.prepare(negatives, dtype, normalize=normalize)
-    given = iter(accumulators)
+    given = iter(zeros)
     acc = next(given, None)
     acc_key, acc_queue = (
-        (next(given, None) if accumulators else blocks.new_accumulator(len(side.rows), side.rows)) if needed else None
+        (next(given, None) if zeros else blocks.new_accumulator(len(side.rows), side.rows)) if needed else None
         for side, needed in ((y, needs_key), (queue, needs_negatives))
     )
     of_keys = _nothing_from_columns(row, len(key)) if in_batch else None
@@ -260,7 +260,8 @@ def _info_nce_parts(
     if acc_queue is not None:
         grads.append(new_gradient(negatives, grad_dtype))
         # With the offset len(query), no negative of the queue is part of a pair.
-        blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, grads[-1])
+        nothing = next(given) if zeros else row.new_zeros(len(negatives))
+        blocks.finish(acc_queue, queue, x.rows, len(query), nothing, factor, grads[-1])
     return *grads, *(part for part in parts if part is not None)
 
 
@@ -322,6 +323,9 @@ def info_nce_loss(
     op = "info_nce_loss"
     options = op, in_batch, in_batch.__class__, normalize, normalize.__class__, backend
     if negatives is None:
+        known = known_loss(options, query, key, logit_scale, both=False, normalize=normalize)
+        if known is not None:
+            return known
         check_pairs(op, ("query", "key"), query, key)
         check_bool(op, "in_batch", in_batch)
         check_bool(op, "normalize", normalize)

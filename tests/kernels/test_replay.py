@@ -86,18 +86,18 @@ def results(loss, seed, pairs, width, dtype):
     return value, *torch.autograd.grad(value, (x, y, z, scale), torch.tensor(0.7), allow_unused=True)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("pairs", "width", "dtype"), [(1, 8, torch.float16), (11, 6, torch.float16), (67, 16, None)])
+# On sm_90, kernels load features of 16 bits by descriptors. Rows of 12 bytes are copied before the recorded pass.
+@pytest.mark.parametrize(("arch", "pairs", "width", "dtype"), [(90, 11, 6, torch.float16), (80, 67, 16, torch.float32)])
 @pytest.mark.parametrize("name", LOSSES)
-def test_kernels_that_are_started_again(name, pairs, width, dtype, arch, interpreted, monkeypatch, request):
+def test_kernels_that_are_started_again(name, arch, pairs, width, dtype, interpreted, monkeypatch, request):
     monkeypatch.setattr(launch, "CPU_ARCH", arch)
-    call = functools.partial(results, LOSSES[name], pairs=pairs, width=width, dtype=dtype or torch.float32)
     configs.forget_plans()
-    expected = [call(seed) for seed in range(4)]
+    call = functools.partial(results, LOSSES[name], pairs=pairs, width=width, dtype=dtype)
+    expected = call(2)
     started = request.getfixturevalue("directly_started")
-    found = [call(seed) for seed in range(4)]
-    assert len(started) >= 2 * 5  # the last two calls start all kernels of both passes so
-    for many in zip(found, expected, strict=True):
-        for value, other in zip(*many, strict=True):
-            assert (value is None) == (other is None)
-            assert value is None or torch.equal(value, other)
+    # The first call is not recorded, the second one is, and the third one starts the recorded kernels.
+    *_, found = [call(seed) for seed in range(3)]
+    assert len(started) >= 5
+    for value, other in zip(found, expected, strict=True):
+        assert (value is None) == (other is None)
+        assert value is None or torch.equal(value, other)
