@@ -184,9 +184,9 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     start = Start(_fwd_plan(x.device, x.dtype, num_rows(x), x.shape[-1], *strides, quick=quick))
     new_y = new_tensors(x)
 
-    def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
-        """Compute an activation with its bias by the kernel, for tensors of the planned layout."""
-        y: Tensor = new_y()
+    def compute(x: Tensor, bias: Tensor, _: bool, out: Tensor | None = None) -> Tensor:
+        """Compute an activation with its bias by the kernel, for tensors of the planned layout; write it to ``out``."""
+        y: Tensor = new_y() if out is None else out
         start(as_rows(x) if is_copied else x, bias.contiguous(), y)
         return y
 
@@ -228,7 +228,7 @@ def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     dtype = accumulate_dtype(x.dtype)
     is_wide = x.dtype == dtype
 
-    def compute(x: Tensor, bias: Tensor, _: bool) -> Tensor:
+    def compute(x: Tensor, bias: Tensor, *_: Any) -> Tensor:
         """Compute an activation with its bias on the CPU."""
         u = (x if is_wide else x.to(dtype)) + bias
         y = u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)

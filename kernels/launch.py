@@ -365,10 +365,9 @@ class Start:
 
     def __call__(self, *tensors: Any) -> None:
         """Start the kernel with tensors, tensor descriptors or None; an empty grid starts nothing."""
-        if self._ready is not None and self.at(*[0 if x is None else x.data_ptr() for x in tensors]):
-            return
-        self._plan.start(*tensors)
-        self.remember(tensors)
+        if self._ready is None or not self.at(*[0 if x is None else x.data_ptr() for x in tensors]):
+            self._plan.start(*tensors)
+            self.remember(tensors)
 
     def remember(self, tensors: tuple[Any, ...]) -> None:
         """Keep the kernel compiled for tensors like these, if all are aligned to 16 bytes and none is a descriptor."""

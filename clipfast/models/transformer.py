@@ -53,7 +53,16 @@ from .layers import (
 )  # fmt: skip
 from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
-from .whole_block import QUICK, Options, Parameters, block_plans, cast_blocks, whole_block
+from .whole_block import (
+    QUICK,
+    Memory,
+    Options,
+    Parameters,
+    block_plans,
+    block_without_gradients,
+    cast_blocks,
+    whole_block,
+)
 from .whole_last_block import last_row
 
 
@@ -218,21 +227,26 @@ def run_plain(
     bounds, packed = (None, ()) if packing is None else (packing.bounds, (packing,))
     # The backward pass needs the cast weights of all blocks, so one launch casts them. Without a backward pass, those
     # of one block at a time take less memory, which the next block reuses.
-    memory: dict[int, Sequence[Tensor]] | None = None if torch.is_grad_enabled() else {}
-    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and memory is None else {}
+    of_casts: dict[int, Sequence[Tensor]] | None = None if torch.is_grad_enabled() else {}
+    cast = dict(zip(whole, cast_blocks(whole.values()), strict=True)) if whole and of_casts is None else {}
     shape, before, alike = x.shape, None, 0
     plans: Any = None
+    memory: Memory | None = None
     for block in blocks:
         if block in whole:
             parameters, options = whole[block]
-            of_block = cast[block] if memory is None else cast_blocks([whole[block]], memory)[0]
+            of_block = cast[block] if of_casts is None else cast_blocks([whole[block]], of_casts)[0]
             x, branch = _as_rows(x, branch)
             # The stream and the branch have the same layout after each block with the same options.
             before, alike = options, alike + 1 if options is before else 0
             plans = plans if alike > 1 else block_plans(options, bounds, shape, x, branch)
-            x, branch = whole_block(plans, shape, x, branch, parameters, options, of_block, bounds)
+            if of_casts is None:
+                x, branch = whole_block(plans, shape, x, branch, parameters, options, of_block, bounds)
+            else:
+                memory = memory if alike > 1 else None
+                x, branch, memory = block_without_gradients(plans, shape, x, branch, options, of_block, bounds, memory)
         else:
-            before = None
+            before = memory = None
             x, branch = _in_shape(shape, x, branch)
             attn, mlp = block.attn, block.mlp
             in_fp8 = is_plain(attn, Attention) and takes_fp8(attn, attn.in_proj)
@@ -244,7 +258,7 @@ def run_plain(
         # Hooks in these blocks may have changed the last block, so it is looked at once more.
         return run_plain([], *_in_shape(shape, x, branch), packing, last, rows)
     if last is not None and last in whole:
-        of_block = cast[last] if memory is None else cast_blocks([whole[last]], memory)[0]
+        of_block = cast[last] if of_casts is None else cast_blocks([whole[last]], of_casts)[0]
         return last_row(shape, *_as_rows(x, branch), rows, *whole[last], of_block), None
     x, branch = _in_shape(shape, x, branch)
     return (x, branch) if last is None else (_row_of_modules(last, x, branch, rows), None)
@@ -313,7 +327,7 @@ def whole_blocks(
     is_cast = dtype != torch.float64 and device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type)
     castable = _CASTABLE if is_cast else {dtype}  # autocast casts weights of the dtypes in _CASTABLE
     found: dict[nn.Module, tuple[Parameters, Options]] = {}
-    decided: dict[Any, Options | None] = {}
+    decided: dict[Any, Any] = {}
     for block in blocks:
         parts = plain_parts(block)
         parameters = None if parts is None else _plain_parameters(parts, device)
@@ -332,9 +346,11 @@ def whole_blocks(
             QUICK if gelu.__class__ is QuickGELU else gelu.approximate, attn.fp8, mlp.fp8,
             norm_1.backend == norm_2.backend == attn.backend == mlp.backend == "auto", shapes, dtypes,
         )  # fmt: skip
-        if settings not in decided:
-            decided[settings] = _options(*settings, width, device, dtype, on_triton, None if is_packed else tokens)
-        if (options := decided[settings]) is not None:
+        options = decided.get(settings, _UNKNOWN)
+        if options is _UNKNOWN:
+            options = _options(*settings, width, device, dtype, on_triton, None if is_packed else tokens)
+            decided[settings] = options
+        if options is not None:
             found[block] = parameters, options
     return found
 
@@ -355,7 +371,8 @@ def _options(
     if tokens is not None and takes_sdpa("auto", device, dtype, head_dim, tokens, None, causal):
         return None
     adds_bias = on_triton and gelu != "tanh"
-    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, adds_bias, dtype, dtypes, of_fc[0], fp8)
+    of_each: Any = Parameters(*dtypes)  # type: ignore[arg-type]
+    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, adds_bias, dtype, of_each, of_fc[0], fp8)
 
 
 def _last_row(last: ResidualAttentionBlock, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
@@ -384,4 +401,5 @@ _PLAIN_CLASSES = {*itertools.product(*_KINDS)}
 _AFTER, _BEFORE, _BACKWARD, _BEFORE_BACKWARD = HOOKS
 _OF, _IN_PROJ_OF = operator.itemgetter("weight", "bias"), operator.itemgetter("in_proj_weight", "in_proj_bias")
 _DEVICE_OF, _DTYPE_OF = operator.attrgetter("device"), operator.attrgetter("dtype")
+_UNKNOWN = object()
 _CASTABLE = {torch.float32, torch.float16, torch.bfloat16}

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE, apply_of
+from ..kernels.common import as_rows
 from ..kernels.fp8_rows import lay_beside, takes_rows
 from ..kernels.implementations import (
     Plans,
@@ -68,7 +69,7 @@ class Options(NamedTuple):
     gelu: str
     adds_bias: bool
     dtype: torch.dtype
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: "Parameters"
     hidden: int
     fp8: str | None
 
@@ -112,6 +113,53 @@ def whole_block(
     """
     results: tuple[Tensor, Tensor] = applied(_FUNCTION, plans, options, cast, bounds, shape, x, branch, parameters)
     return results
+
+
+def block_without_gradients(
+    plans: Plans, shape: torch.Size, x: Tensor, branch: Tensor | None, options: Options, cast: Parameters,
+    bounds: Tensor | None, memory: "Memory | None",
+) -> "tuple[Tensor, Tensor, Memory | None]":  # fmt: skip
+    """Compute a transformer block as :func:`whole_block` does, where no gradients are recorded.
+
+    Args:
+        memory: the third result for the block before, if both have the same plans and a branch. Its tensors are written
+            to again, also the stream ``x``. None for new tensors.
+
+    Returns:
+        The stream t and the branch m, and the memory for the next block; None if it has to be new.
+    """
+    with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
+        if memory is None:
+            (t, m), saved = _forward(plans, options, cast, bounds, shape, x, branch)
+            if not options.adds_bias or bounds is not None or options.fp8 is not None or branch is None:
+                return t, m, None
+            s, mean, rstd, y, _, _, heads, _, lse, *_, t, mean_2, rstd_2, y_2, _, g, _, _, _, _ = saved
+            return t, m, Memory((y, s, mean, rstd), (heads, lse), (y_2, t, mean_2, rstd_2), g)
+        of_norm_1, of_attention, of_norm_2, g = memory
+        of_stream = branch, x, cast.norm_1, cast.norm_1_bias, options.eps_1
+        y, s, _, _ = plans["norm_1", layer_norm_fwd](*of_stream, of_norm_1)
+        qkv = F.linear(y, cast.w_in, cast.b_in).view(shape[0], shape[1], -1)
+        numbers = options.heads, options.causal, options.scale
+        heads, _ = plans["", attention_fwd](qkv, None, None, *numbers, of_attention)
+        a = F.linear(as_rows(heads), cast.w_out, cast.b_out)
+        y, t, _, _ = plans["norm_2", layer_norm_fwd](a, s, cast.norm_2, cast.norm_2_bias, options.eps_2, of_norm_2)
+        g = plans["", bias_act_fwd](F.linear(y, cast.w_fc), cast.b_fc, options.gelu == QUICK, g)
+        return t, F.linear(g, cast.w_proj, cast.b_proj), memory
+
+
+class Memory(NamedTuple):
+    """The tensors of a block that the next block writes to again, where no gradients are recorded.
+
+    Attributes:
+        norm_1, norm_2: y, s (or t), mean and rstd of the norms.
+        attention: the heads as rows, and the log-sum-exp.
+        activation: the result of the activation.
+    """
+
+    norm_1: tuple[Tensor, Tensor, Tensor, Tensor]
+    attention: tuple[Tensor, Tensor]
+    norm_2: tuple[Tensor, Tensor, Tensor, Tensor]
+    activation: Tensor
 
 
 def cast_blocks(
@@ -214,7 +262,9 @@ class _Block(torch.autograd.Function):
             results, saved = function.forward(plans, options, cast, places, shape, x, branch)
         ctx.function, ctx.options, ctx.plans = function.backward, options, plans
         # The dtypes of the parameters' gradients; None for a parameter that needs no gradient.
-        ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
+        needed, ctx.wanted = ctx.needs_input_grad[-len(parameters) :], options.dtypes
+        if False in needed:
+            ctx.wanted = Parameters(*[p.dtype if p.requires_grad else None for p in parameters])  # type: ignore[arg-type]
         ctx.longest = getattr(places, "max_seqlen", None)
         # takes_rows: the backward pass uses rows in 8 bits that the next block has attached to the gradient of m.
         # gives_rows: the backward pass attaches rows in 8 bits to the gradient of the branch (``fp8_rows.lay_beside``).

@@ -95,9 +95,17 @@ def plan_forward(
     out_shape = *qkv.shape[:2], qkv.shape[-1] // 3
     compute = _forward(*views_of(qkv, num_heads), seqlens, causal, scale, out_shape)
 
-    def run(qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-        """Compute attention on a packed projection of the planned layout."""
-        return compute(_places(qkv, step, num_heads), seqlens)
+    def run(
+        qkv: Tensor,
+        bias: Tensor | None,
+        seqlens: Tensor | None,
+        heads: int,
+        causal: bool,
+        scale: float,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute attention on a packed projection of the planned layout; write the results to ``out``."""
+        return compute(_places(qkv, step, num_heads), seqlens, out)
 
     return run
 
@@ -195,12 +203,13 @@ def plan_qkv_backward(
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float, out_shape: tuple[int, ...]
-) -> Callable[[Places, Tensor | None], tuple[Tensor, Tensor]]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Plan attention on tensors with the layouts of ``q``, ``k`` and ``v``.
 
     Returns:
         The function that computes attention from the :data:`Places` of q, k and v and from the lengths. It returns the
-        output with ``out_shape``, and the log-sum-exp of the scaled scores, divided by ``scale``, [B, H, M].
+        output with ``out_shape``, and the log-sum-exp of the scaled scores, divided by ``scale``, [B, H, M]. Its third
+        argument, if given, has the memory for both.
     """
     has_near_heads, has_seqlens = _have_near_heads(q, k, v), seqlens is not None
     batch, m, heads, _ = q.shape
@@ -219,10 +228,12 @@ def _forward(
     start = Start(found) if has_near_heads and not block_n else None
     absent = (0,) * 4 if walks else ()
 
-    def compute(places: Places, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compute(
+        places: Places, seqlens: Tensor | None, results: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute attention on queries, keys and values at these addresses."""
         addresses, tensors = places
-        out, lse = new_out(), new_lse()
+        out, lse = results or (new_out(), new_lse())
         if start is None:
             q, k, v = _with_near_heads(*tensors())
             found, walks, block_n = plan(q, k, v, _are_aligned(k, v))

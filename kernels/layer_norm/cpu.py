@@ -23,7 +23,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
     tensors = [x, weight, bias] if residual is None else [x, weight, bias, residual]
     is_same = all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
 
-    def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, _: float) -> tuple[Any, ...]:
+    def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Any, ...]:
         """Compute the layer norm of x, or of x + residual, on the CPU."""
         s = x if residual is None else torch.add(x, residual)
         if is_same:

@@ -99,11 +99,15 @@ def forward(
     new_scale, new_carrier = new_tensors(x, x.shape[:-1], torch.float32), new_tensors(x, ())
     new_stats, no_s = new_tensors(x, (*x.shape[:-1], 1), torch.float32), new_tensors(x, (0,))()
 
-    def compute(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
-        """Compute the layer norm of x, or of x + residual, for tensors of the planned layout."""
-        y, mean, rstd = new_y(), new_stats(), new_stats()
+    def compute(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Any = None
+    ) -> tuple[Any, ...]:
+        """Compute the layer norm of x, or of x + residual, for tensors of the planned layout.
+
+        ``out`` are the tensors y, s, mean and rstd to write to; None for new ones.
+        """
+        y, s, mean, rstd = out or (new_y(), None if residual is None else new_s(), new_stats(), new_stats())
         scale, carrier = (new_scale(), new_carrier()) if in_fp8 else (None, None)
-        s = None if residual is None else new_s()
         rows = as_rows(x) if x_copied else x
         stream = as_rows(residual) if residual is not None and stream_copied else residual
         start(

@@ -264,6 +264,34 @@ def test_a_profiler_may_watch_one_pass_of_a_recomputed_tower(watched):
     assert x.grad.any()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_gradients_blocks_write_to_the_memory_of_the_one_before(causal, on_gpu):
+    tower, x = Transformer(WIDTH, 9, 2, 4.0, causal=causal), torch.randn(2, TOKENS, WIDTH)
+    for block in tower.resblocks:
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    tower.resblocks[4].attn.out_proj.register_forward_hook(lambda module, args, out: out * 1.5)
+    seen = []
+    tower.resblocks[8].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone()) or seen.append(args[0])
+    )
+    of_row = Transformer(WIDTH, 4, 2, 4.0, causal=causal)
+    before = x.clone()
+    with_gradients = tower(x), read_rows(of_row, x)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        memories, function = [], transformer.block_without_gradients
+        patch.setattr(
+            transformer, "block_without_gradients", lambda *args: memories.append(args[-1]) or function(*args)
+        )
+        assert torch.equal(tower(x), with_gradients[0])
+        assert torch.equal(read_rows(of_row, x), with_gradients[1])
+    assert torch.equal(x, before)
+    assert torch.equal(*seen[2:])
+    # The hooks of the fifth and of the ninth block keep blocks from being alike. The last list is that of the row.
+    alike = [False, False, True, True, False, False, True, False, False, False, True]
+    assert [memory is not None for memory in memories] == [on_gpu and after for after in alike]
+
+
 def test_without_gradients_one_block_is_cast_at_a_time_to_the_memory_of_the_one_before():
     tower, x = Transformer(WIDTH, 6, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
     tower.resblocks[2].mlp = MLP(WIDTH, 2 * WIDTH, quick_gelu=False)
