@@ -51,13 +51,17 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple([math.prod(map(max, shape[axis + 1 :], itertools.repeat(1))) for axis in range(len(shape))])
 
 
-def new_tensors(like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Any:
-    """Return the function that makes uninitialised contiguous tensors on the device of ``like``.
+def new_tensors(
+    like: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None,
+    strides: tuple[int, ...] | None = None,
+) -> Any:  # fmt: skip
+    """Return the function that makes uninitialised tensors on the device of ``like``.
 
-    They have the shape and the dtype of ``like`` if ``shape`` or ``dtype`` is None.
+    They have the shape and the dtype of ``like`` if ``shape`` or ``dtype`` is None. They are contiguous if ``strides``
+    is None.
     """
     shape = tuple(like.shape if shape is None else shape)
-    strides = contiguous_strides(shape)
+    strides = contiguous_strides(shape) if strides is None else strides
     dtype, device = dtype or like.dtype, like.device
     # torch.empty_strided takes two thirds of the time of torch.empty, and the private functions a third. But a dispatch
     # mode does not see the private ones, and on GPUs they always use the current device.
@@ -79,8 +83,13 @@ def new_rows(like: Tensor, rows: int, cols: int, dtype: torch.dtype | None = Non
 
     Its rows start at multiples of 16 bytes, as tensor descriptors need.
     """
-    multiple = 16 // (dtype or like.dtype).itemsize
-    return like.new_empty(rows, cdiv(cols, multiple) * multiple, dtype=dtype)[:, :cols]
+    return like.new_empty(rows, aligned_stride(cols, dtype or like.dtype), dtype=dtype)[:, :cols]
+
+
+def aligned_stride(cols: int, dtype: torch.dtype) -> int:
+    """Return the least stride of a matrix with ``cols`` columns whose rows start at multiples of 16 bytes."""
+    multiple = 16 // dtype.itemsize
+    return cdiv(cols, multiple) * multiple
 
 
 def matrix_tiles(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:

@@ -316,12 +316,17 @@ class Plan:
         compiled.start(self.stream_of(self.index), arguments)
         return True
 
-    def may_start(self) -> bool:
-        """Return whether the plan may start its compiled kernel: no hook watches launches, and its GPU is current."""
+    def may_start(self, *others: "Plan") -> bool:
+        """Return whether the plan, and ``others`` on its GPU, may start their compiled kernels: no hook watches
+        launches, and the GPU is current.
+        """
         runtime = triton.knobs.runtime
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if self._kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return False
+        for other in others:
+            if other._kernel.pre_run_hooks:
+                return False
         is_current: bool = self._device_of() == self.index
         return is_current
 

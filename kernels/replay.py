@@ -19,9 +19,7 @@ from .common import new_tensors
 from .launch import Compiled, Plan, noted_starts
 
 ALIGNMENT = 128  # the parts of a workspace start at multiples of this many bytes, a line of a GPU's cache
-# Kernels that need a larger workspace take a GPU longer than the host. It might also need more memory than the function
-# itself, which allocates some results after it has freed other memory.
-MOST_BYTES = 2**26
+MOST_BYTES = 2**26  # with a larger workspace, the kernels of a pass take a GPU longer than the host
 MOST_MAPS = 64  # the most tensor maps that a pass keeps for the matrix of a descriptor, by the matrix's address
 Starts = Sequence[tuple[Plan, tuple[Any, ...]]]
 Results = tuple[Tensor, ...]
@@ -30,9 +28,9 @@ Results = tuple[Tensor, ...]
 class Pass:
     """A function of tensors of one layout that allocates memory, starts kernels, and returns new tensors.
 
-    The function itself is called each time if it does anything else, such as an op of PyTorch that computes, and where
-    no compiled kernel may be started directly: in Triton's interpreter, under launch hooks, and for tensors that are
-    not aligned to 16 bytes.
+    Later calls allocate all results before anything else, so the function should do this too if results are large. It is
+    called each time if it does anything else, such as an op of PyTorch that computes, and where no compiled kernel may be
+    started directly: in Triton's interpreter, under launch hooks, and for tensors that are not aligned to 16 bytes.
     """
 
     __slots__ = ("_function", "_is_new", "_is_open", "_replay")
@@ -88,17 +86,16 @@ class _Maps:
     """
 
     def __init__(self, descriptor: TensorDescriptor, make: Callable[[Any], Sequence[Any]]) -> None:
-        self._make, self._known = make, dict[int, Any]()
+        self.known: dict[int, Any] = {}
+        self._make = make
         self._fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
 
-    def at(self, address: int) -> Any:
-        """Return the tensor map for a matrix at this address."""
-        found = self._known.get(address)
-        if found is None:
-            if len(self._known) >= MOST_MAPS:
-                self._known.clear()
-            base = SimpleNamespace(data_ptr=lambda: address)
-            found = self._known[address] = self._make(SimpleNamespace(base=base, **self._fields))[0]
+    def make(self, address: int) -> Any:
+        """Make the tensor map for a matrix at this address, and keep it."""
+        if len(self.known) >= MOST_MAPS:
+            self.known.clear()
+        base = SimpleNamespace(data_ptr=lambda: address)
+        found = self.known[address] = self._make(SimpleNamespace(base=base, **self._fields))[0]
         return found
 
 
@@ -206,21 +203,21 @@ class _Replay:
         self._plans, self._launches = plans, launches
         self._constants, self._addresses = [*values.constants], [*values.addresses]
         place = {key: number for number, key in enumerate((*values.constants, *values.addresses))}
-        self._maps = [(place[address], maps.at) for (_, address), maps in values.maps.items()]
+        self._maps = [(place[address], maps) for (_, address), maps in values.maps.items()]
         self._new = [new_tensors(x) for x in results]
         self._new_workspace = new_tensors(results[0], (size,), results[0].new_empty(0).byte().dtype)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Results | None:
         """Return the results for inputs of the recorded layout, or None if the kernels may not be started directly."""
         origins = [x.data_ptr() for x in inputs]
-        if functools.reduce(operator.or_, origins) % 16 or not all(map(Plan.may_start, self._plans)):
+        if functools.reduce(operator.or_, origins) % 16 or not self._plans[0].may_start(*self._plans[1:]):
             return None
         results = tuple([new() for new in self._new])
         workspace = self._new_workspace()
         origins += [x.data_ptr() for x in results]
         origins.append(workspace.data_ptr())
         values = self._constants + [origins[place] + offset for place, offset in self._addresses]
-        values += [make(values[place]) for place, make in self._maps]
+        values += [maps.known.get(values[place]) or maps.make(values[place]) for place, maps in self._maps]
         plan = self._plans[0]
         stream = plan.stream_of(plan.index)
         for launch, take in self._launches:

@@ -45,7 +45,7 @@ from .shared import (
     check_pairs,
     features_pass,
     gradients_in_strips,
-    is_one_block,
+    is_small_block,
     logit_blocks,
     new_gradient,
     operand_dtype,
@@ -135,7 +135,7 @@ def _plan_info_nce_gradients(
         return _joined_gradients(query, key, negatives, needs_key, needs_negatives, how)
     needs: dict[str, Any] = {"in_batch": in_batch, "needs_key": needs_key, "needs_negatives": needs_negatives}
     function: Any = functools.partial(_info_nce_parts, **needs, **how, grad_dtype=query.dtype)
-    is_pass = not in_batch and is_one_block(query, negatives, dtype)
+    is_pass = not in_batch and is_small_block(query, negatives, dtype)
     if is_pass:
         others = [None] * (6 + needs_key + 2 * needs_negatives)
         function = features_pass(function, (query, key, negatives, *others), **how)
@@ -426,7 +426,7 @@ def _plan_nt_xent_gradients(
 ) -> Callable[..., Any]:  # fmt: skip
     """Return the function that computes NT-Xent's gradients for tensors with the layout of the arguments."""
     function: Any = functools.partial(_nt_xent_parts, normalize=normalize, dtype=dtype, grad_dtype=first.dtype)
-    is_pass = is_one_block(first, second, dtype)
+    is_pass = is_small_block(first, second, dtype)
     if is_pass:
         function = features_pass(function, (first, second, *[None] * 7), dtype, normalize=normalize)
 

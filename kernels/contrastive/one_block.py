@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common import cdiv, new_rows
+from ..common import aligned_stride, cdiv, new_rows
 from ..configs import RowConfig, planned, row_config
 from ..launch import Plan, arch_of
 from .kernels import _sigmoid_pairs_kernel
@@ -144,8 +144,7 @@ def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool, 
     of_rows = functools.partial(Plan, config=rows, device=device, BLOCK_M=rows.block_m, BLOCK_K=rows.block_n)
     num_m, num_n = cdiv(m, rows.block_m), cdiv(n, rows.block_m) * has_y
     pairs = of_rows(_sigmoid_pairs_kernel, (num_m,), m, n, d, offset, stride_x, stride_y)
-    multiple = 16 // dtype.itemsize
-    stride_grad = cdiv(n, multiple) * multiple  # the stride of the rows that ``new_rows`` makes
+    stride_grad = aligned_stride(n, dtype)  # the stride of the rows that ``new_rows`` makes
     of_g = grad_plan(layout, stride_grad, is_softmax, True)
     cfg = tile_config("contrastive_products", layout, (m, d), (n, d))
     x_tiles, y_tiles = (cdiv(side, cfg.block_m) * cdiv(d, cfg.block_n) for side in (m, n * has_y))

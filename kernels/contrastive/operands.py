@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import cdiv, matrix_tiles, new_rows
+from ..common import aligned_stride, cdiv, matrix_tiles, new_rows, new_tensors
 from ..configs import GemmConfig, RowConfig, gemm_config, planned, row_config, small_gemm_config
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, Plan, arch_of, launch, multiprocessors
@@ -100,7 +100,8 @@ def copy_of(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Callable[[Tens
     """
     if normalize or (x.dtype == dtype and _has_aligned_rows(x)):
         return None
-    return lambda x: new_rows(x, x.shape[0], x.shape[1], dtype).copy_(x)
+    new = new_tensors(x, dtype=dtype, strides=(aligned_stride(x.shape[1], dtype), 1))
+    return lambda x: new().copy_(x)
 
 
 def _aligned(x: Tensor) -> Features:

@@ -18,6 +18,7 @@ from ..dtypes import FLOATS, autocast_dtype, dtype_name
 from ..launch import triton_runs_on
 from ..replay import Pass
 from . import cpu, launches, operands
+from .small_batch import MOST_LOGITS
 from .stats import Features
 
 
@@ -64,6 +65,11 @@ def prepare_both(x: Tensor, y: Tensor, dtype: torch.dtype, *, normalize: bool) -
 def is_one_block(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
     """Return whether kernels compute the gradients from one block of G, without accumulators."""
     return triton_runs_on(x.device) and launches.is_one_block(x.device, dtype, *x.shape[:1], *y.shape)
+
+
+def is_small_block(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether kernels compute one block of G, which is so small that memory need not be reused after it."""
+    return is_one_block(x, y, dtype) and x.shape[0] * y.shape[0] <= MOST_LOGITS
 
 
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
@@ -202,10 +208,12 @@ def register_gradients(forward: Op, backward: Op, *, optional: Sequence[int] = (
         """Return the gradients of a contrastive loss to autograd, None for those that are not required."""
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
-        required = {position: ctx.needs_input_grad[position] for position in optional}
-        tensors, options = (grad_loss, *ctx.saved_tensors), (*ctx.options, *required.values())
-        found = call_planned(backward, options, tensors, (*tensors, *options))
-        kept = [grad if required.get(position, True) else None for position, grad in enumerate(found)]
-        return *kept, *(None,) * len(ctx.options)
+        required = [ctx.needs_input_grad[position] for position in optional]
+        tensors, options = (grad_loss, *ctx.saved_tensors), (*ctx.options, *required)
+        found = [*call_planned(backward, options, tensors, (*tensors, *options))]
+        for position, is_required in zip(optional, required, strict=True):
+            if not is_required:
+                found[position] = None
+        return *found, *(None,) * len(ctx.options)
 
     forward.register_autograd(gradients, setup_context=setup_context)
