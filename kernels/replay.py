@@ -28,9 +28,10 @@ Results = tuple[Tensor, ...]
 class Pass:
     """A function of tensors of one layout that allocates memory, starts kernels, and returns new tensors.
 
-    Later calls allocate all results before anything else, so the function should do this too if results are large. It is
-    called each time if it does anything else, such as an op of PyTorch that computes, and where no compiled kernel may be
-    started directly: in Triton's interpreter, under launch hooks, and for tensors that are not aligned to 16 bytes.
+    Later calls allocate all results before anything else, so the function should do this too if results are large. It
+    is called each time if it does anything else, such as an op of PyTorch that computes. It is also called where no
+    compiled kernel may be started directly: in Triton's interpreter, under launch hooks, and for tensors that are not
+    aligned to 16 bytes.
     """
 
     __slots__ = ("_function", "_is_new", "_is_open", "_replay")
