@@ -103,6 +103,7 @@ def _bias_act_bwd_kernel(
     sums_ptr,  # [programs per column, N] fp32
     values_ptr,  # [M, N] contiguous, dx in 8 bits, or None; if dx is stored in 8 bits, BLOCK_N columns are a whole row
     scale_ptr,  # [M] fp32, the scales of the rows in values_ptr, or None
+    y_ptr,  # [M, N] contiguous, the activation once more, or None
     M, N, stride_gm, stride_gn, stride_xm, stride_xn,
     IS_QUICK: tl.constexpr, HAS_SUMS: tl.constexpr, MOST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -123,6 +124,9 @@ def _bias_act_bwd_kernel(
         dy = tl.load(grad_ptr + rows * stride_gm + offs_n[None, :] * stride_gn, mask=mask, other=0.0)  # [BM, BN]
         u = x.to(tl.float32) + bias
         dx = dy.to(tl.float32) * (_quick_gelu_slope(u) if IS_QUICK else _gelu_slope(u))
+        if y_ptr is not None:
+            y = _quick_gelu(u) if IS_QUICK else _gelu(u)
+            tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
         rounded = dx.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + rows * N + offs_n[None, :], rounded, mask=mask)
         if scale_ptr is not None:
@@ -194,12 +198,13 @@ def _fwd_triton(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
 
 
 def _bwd_triton(
-    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, row_tiles: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, with_y: bool = False,
+    row_tiles: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
     """Return the function that computes the gradients of bias and activation by the Triton kernel.
 
-    With ``row_tiles``, which chooses the tiles of a kernel that holds whole rows, that function also returns the values
-    and the scales of dx in 8 bits.
+    With ``with_y``, that function also returns the activation y. With ``row_tiles``, which chooses the tiles of a
+    kernel that holds whole rows, it returns the values and the scales of dx in 8 bits at the end.
     """
     width = x.shape[-1]
     (grad_strides, grad_copied), (strides, x_copied) = row_strides(grad), row_strides(x)
@@ -211,13 +216,13 @@ def _bwd_triton(
     new_values, new_scale = new_tensors(x, None, E4M3), new_tensors(x, x.shape[:-1], torch.float32)
     new_sums = new_tensors(x, (per_block, width if with_sums else 0), torch.float32)
 
-    def compute(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor | None, ...]:
+    def compute(grad: Tensor, x: Tensor, bias: Tensor, *_: bool) -> tuple[Tensor | None, ...]:
         """Compute the gradients of an activation and its bias by the kernels, for tensors of the planned layout."""
-        dx, sums = new_dx(), new_sums()
+        dx, sums, y = new_dx(), new_sums(), new_dx() if with_y else None
         rows = (None, None) if row_tiles is None else (new_values(), new_scale())
         grad, x = as_rows(grad) if grad_copied else grad, as_rows(x) if x_copied else x
-        start(grad, x, bias.contiguous(), dx, sums, *rows)
-        found = dx, sums.sum(0) if with_sums else None
+        start(grad, x, bias.contiguous(), dx, sums, *rows, y)
+        found = dx, sums.sum(0) if with_sums else None, *((y,) if with_y else ())
         return found if row_tiles is None else (*found, *rows)
 
     return compute
@@ -237,13 +242,19 @@ def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Tensor]:
     return compute
 
 
-def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
-    """Return the function that computes the gradients of bias and activation in PyTorch."""
+def _bwd_cpu(
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, with_y: bool = False
+) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation in PyTorch, and the activation y after
+    them if ``with_y``.
+    """
     dtype = accumulate_dtype(x.dtype)
     is_wide, rows = x.dtype == dtype, list(range(x.ndim - 1))
+    activate = _fwd_cpu(x, bias, quick)
 
-    def compute(grad: Tensor, x: Tensor, bias: Tensor, *_: bool) -> tuple[Tensor, Tensor | None]:
+    def compute(grad: Tensor, x: Tensor, bias: Tensor, *_: bool) -> tuple[Tensor | None, ...]:
         """Compute the gradients of an activation and its bias on the CPU."""
+        y = (activate(x, bias, quick),) if with_y else ()
         u, grad = (x + bias, grad) if is_wide else (x.to(dtype) + bias, grad.to(dtype))
         if quick:
             p = torch.sigmoid(1.702 * u)
@@ -251,7 +262,7 @@ def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
         else:
             dx = _gelu_backward(grad, u)
         sums = (dx.sum(rows) if rows else dx.clone()) if with_sums else None
-        return (dx if is_wide else dx.to(x.dtype)).contiguous(), sums
+        return (dx if is_wide else dx.to(x.dtype)).contiguous(), sums, *y
 
     return compute
 
@@ -321,7 +332,7 @@ def _backward(ctx: Any, grad: Tensor, op: Op = _bias_act_bwd) -> tuple[Tensor | 
     tensors, args = (grad, x, bias), (grad, x, bias, *options)
     dx, sums, *rows = (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
     if rows:
-        lay_beside(dx, *rows)
+        lay_beside(dx, *rows[-2:])
     if not options[1]:
         return dx, None, None
     return dx, sums if sums.dtype is bias.dtype else sums.to(bias.dtype), None

@@ -11,13 +11,15 @@ scale leaves the normal numbers of float32. NaN stays NaN, and the other numbers
 infinity becomes NaN as a whole: its scale is infinite, and its values are zeros and NaN.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+# This returns the address of a device's current stream. PyTorch without CUDA lacks it.
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 LEAST = 2.0**-100  # the least m of a row that is not zero
 
 
@@ -76,15 +78,23 @@ def lay_beside(grad: Tensor, values: Tensor | None, scale: Tensor | None) -> Non
     inference mode gets no rows, since PyTorch does not count the changes of such a tensor.
     """
     if not grad.is_inference():
-        grad.fp8_rows = grad._version, values, scale  # type: ignore[attr-defined]
+        grad.fp8_rows = grad._version, _stream(grad), values, scale  # type: ignore[attr-defined]
 
 
 def rows_beside(grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the 8-bit values and the scales that :func:`lay_beside` has attached to a gradient; (None, None) if there
-    are none, or if the gradient was changed in place afterwards.
+    are none, if the gradient was changed in place afterwards, or if another CUDA stream is current than at that time.
+
+    Autograd lets the memory of a gradient wait for the stream of the layer that reads it, but not that of its rows.
     """
-    version, values, scale = getattr(grad, "fp8_rows", (None, None, None))
-    return (None, None) if version is None or version != grad._version else (values, scale)
+    version, stream, values, scale = getattr(grad, "fp8_rows", (None,) * 4)
+    is_valid = version is not None and version == grad._version and stream == _stream(grad)
+    return (values, scale) if is_valid else (None, None)
+
+
+def _stream(x: Tensor) -> int:
+    """Return the address of the current CUDA stream of the device of a tensor; 0 on a CPU."""
+    return _current_stream(x.device.index) if x.is_cuda and _current_stream is not None else 0
 
 
 def takes_rows(x: Tensor) -> bool:

@@ -17,7 +17,8 @@ import torch
 
 from clipfast.kernels.contrastive.spec import SHIPPED_STRIPS, Strip
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.hardware import ARCHITECTURES
+from clipfast.kernels.hardware import ARCHITECTURES, has_fp8
+from clipfast.kernels.implementations import bias_act_fp8_bwd, layer_norm_fp8_bwd
 from clipfast.kernels.spec import Draw, OpSpec, Shipped, specs
 from clipfast.plan.planned_step import Problem, run_loss
 
@@ -69,11 +70,13 @@ def small_tile_problems(arch: int) -> tuple[str, ...]:
 
 
 def shipped_cases() -> dict[str, Case]:
-    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``, and shipped strips."""
+    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``; strips; and the backward
+    kernels of whole blocks in 8 bits, which write the results of their ops once more.
+    """
     strips: dict[str, Case] = {
         strip_name(strip, mode): functools.partial(run_strip, strip, mode) for strip, mode in SHIPPED_STRIPS
     }
-    return shipped_calls() | strips
+    return shipped_calls() | strips | _of_blocks()
 
 
 def shipped_calls() -> dict[str, Case]:
@@ -83,7 +86,24 @@ def shipped_calls() -> dict[str, Case]:
 
 def compiles_for(case: str, arch: int) -> bool:
     """Return whether the kernels of a shipped case compile for an architecture."""
+    if case in _of_blocks():
+        return has_fp8(arch)
     return case not in _named() or _named()[case][0].compiles_for(arch)
+
+
+@functools.cache
+def _of_blocks() -> dict[str, Case]:
+    """Return the backward ops of the norms and the activations of whole blocks in 8 bits by name."""
+    cases: dict[str, Case] = {}
+    for width in (768, 1024, 1280):
+        rows, parameter, stats = torch.empty(64, width).bfloat16(), torch.empty(width), torch.empty(64, 1)
+        args = rows, rows, rows, parameter, stats, stats, True, parameter
+        cases[f"layer_norm_fp8_bwd N{width} bf16"] = functools.partial(layer_norm_fp8_bwd, *args)
+    for width, quick in ((3072, False), (4096, False), (5120, False), (4096, True)):
+        rows, parameter = torch.empty(64, width).bfloat16(), torch.empty(width)
+        name = f"bias_act_fp8_bwd N{width}{' quick' if quick else ''} bf16"
+        cases[name] = functools.partial(bias_act_fp8_bwd, rows, rows, parameter, quick, True, True)
+    return cases
 
 
 def strip_name(strip: Strip, mode: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.backends import NOT_INSIDE
 from ..kernels.fp8 import E4M3, RECIPES, Fp8Rows, Fp8Weight
+from ..kernels.fp8.multiply import multiply
 from ..kernels.fp8_rows import rows_beside
 from ..kernels.implementations import (
     Plans,
@@ -82,16 +83,23 @@ def linear(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
     return y
 
 
-def linear_grads(
-    plans: Plans, name: str, grad: Tensor, x: Fp8Rows, columns: Fp8Rows, recipe: str, with_dw: bool, with_db: bool
+def full_grads(
+    plans: Plans, name: str, grad: Tensor, x: Fp8Rows, columns: Fp8Rows, with_dw: bool, with_db: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of input, weight and bias of a block's linear layer; None for those that are not wanted."""
-    rows = rows_beside(grad)
-    args = grad, *rows, *x[:2], *columns[:2], recipe == FULL, True, with_dw, with_db
-    found: tuple[Tensor, Tensor | None, Tensor | None] = compute(
-        plans, fp8_linear_bwd, (name, rows[0] is None, with_dw, with_db), *args
-    )
+    """Return the gradients of input, weight and bias of a block's linear layer by the recipe ``full``; None for those
+    that are not wanted.
+    """
+    args = grad, None, None, *x[:2], *columns[:2], True, True, with_dw, with_db
+    found: tuple[Tensor, Tensor | None, Tensor | None] = compute(plans, fp8_linear_bwd, (name, with_dw, with_db), *args)
     return found
+
+
+def input_grad(plans: Plans, name: str, grad: Tensor, columns: Fp8Rows) -> Tensor:
+    """Return the gradient of the input of a block's linear layer by the recipe ``switchback``."""
+    values, scale = rows_beside(grad)
+    if values is None or scale is None:
+        _, values, scale = compute(plans, quantize_rows, (name, "grad"), grad, E4M3)
+    return multiply(values, scale, *columns[:2], grad.dtype)
 
 
 def flattened(saved: Sequence[Any], backward: Callable[..., Any]) -> tuple[tuple[Any, ...], Callable[..., Any]]:

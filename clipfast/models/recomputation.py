@@ -17,6 +17,7 @@ _KEPT = (
     torch.ops.aten.bmm.default,
     torch.ops.clipfast.attention_fwd.default,
     torch.ops.clipfast.attention_pool_fwd.default,
+    torch.ops.clipfast.fp8_linear_fwd.default,
 )
 _decided = threading.local()  # ``watched``: the result of ``backends.is_watched`` when a block was computed first
 

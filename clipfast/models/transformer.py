@@ -38,6 +38,7 @@ from ..kernels.dtypes import autocast_dtype
 from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
 from ..kernels.launch import INTERPRET, triton_runs_on
 from ..kernels.packing import Packing
+from .block_parts import QUICK
 from .layers import (
     HOOKS,
     MLP,
@@ -54,7 +55,6 @@ from .layers import (
 from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
 from .whole_block import (
-    QUICK,
     Memory,
     Options,
     Parameters,
@@ -200,16 +200,22 @@ def run_blocks(
     branch: Tensor | None = None
     plain: list[ResidualAttentionBlock] = []
     packed = () if packing is None else (packing,)
+    selective: dict[nn.Module, Any] = {}
+    if steps.recompute == "selective":
+        # These blocks recompute norms and activations anyway.
+        whole = whole_blocks([b for b in steps.blocks if is_plain(b, kind)], x, packing is not None)
+        selective = {block: options for block, (_, options) in whole.items() if options.recomputes_inputs}
     for block in steps.blocks:
-        if steps.recompute:
-            # Checkpointing keeps its arguments: the sum is one tensor, while x and the branch would be two.
-            x = recomputed(steps.recompute, block, x, *packed)
-        elif is_plain(block, kind):
+        if is_plain(block, kind) and (not steps.recompute or block in selective):
             plain.append(block)
-        else:
-            x, branch = run_plain(plain, x, branch, packing)
-            x, branch, plain = block(x if branch is None else x + branch, *packed), None, []
+            continue
+        x, branch = run_plain(plain, x, branch, packing)
+        # Checkpointing keeps its arguments: the sum is one tensor, while x and the branch would be two.
+        x, branch, plain = x if branch is None else x + branch, None, []
+        x = recomputed(steps.recompute, block, x, *packed) if steps.recompute else block(x, *packed)
     if steps.recompute and steps.last is not None:
+        x, branch = run_plain(plain, x, branch, packing)
+        x = x if branch is None else x + branch
         return recomputed(steps.recompute, _last_row, steps.last, x, rows), None
     return run_plain(plain, x, branch, packing, steps.last, rows)
 

@@ -6,11 +6,16 @@ With the stream x, and the branch u that the block before it has not added yet (
     t = s + a         m = gelu(norm_2(t) W_fc + b_fc) W_proj + b_proj
 
 The results are t and m, which are the stream and the branch of the next block. The ops are those that the modules of a
-block call, and the same tensors are kept for the backward pass. Three things take less time than in the modules:
+block call, and the same tensors are kept for the backward pass, except in 8 bits. Three things take less time than in
+the modules:
 
     autocast casts the parameters of all linear layers in one launch, and their gradients in another
     the backward kernels of the norms add up the gradients of the stream
     the host decides once for a block, and not in each module, how to compute it
+
+In 8 bits by the recipe ``switchback``, no input of a linear layer is kept. For the weights' gradients, the backward
+kernels of the norms and of the activation write their results once more, in 16 bits, from what they read anyway. So the
+gradient of a weight is computed after that of the op before its layer.
 
 :mod:`.transformer` decides which blocks are computed in this way.
 """
@@ -43,8 +48,7 @@ from ..kernels.implementations import (
 )
 from ..kernels.launch import triton_runs_on
 from . import fp8_layers
-
-QUICK = "quick"
+from .block_parts import QUICK, gelu_grad, gelu_of, in_dtypes, linear_grads, weight_grad
 
 
 class Options(NamedTuple):
@@ -72,6 +76,11 @@ class Options(NamedTuple):
     dtypes: "Parameters"
     hidden: int
     fp8: str | None
+
+    @property
+    def recomputes_inputs(self) -> bool:
+        """Whether the block keeps no inputs of linear layers, since its backward pass computes them again."""
+        return self.fp8 == fp8_layers.SWITCHBACK
 
 
 class Parameters(NamedTuple):
@@ -133,7 +142,7 @@ def block_without_gradients(
             (t, m), saved = _forward(plans, options, cast, bounds, shape, x, branch)
             if not options.adds_bias or bounds is not None or options.fp8 is not None or branch is None:
                 return t, m, None
-            s, mean, rstd, y, _, _, heads, _, lse, *_, t, mean_2, rstd_2, y_2, _, g, _, _, _, _ = saved
+            s, mean, rstd, y, _, _, heads, _, lse, *_, t, mean_2, rstd_2, y_2, _, g, _, _, _, _, _ = saved
             return t, m, Memory((y, s, mean, rstd), (heads, lse), (y_2, t, mean_2, rstd_2), g)
         of_norm_1, of_attention, of_norm_2, g = memory
         of_stream = branch, x, cast.norm_1, cast.norm_1_bias, options.eps_1
@@ -268,7 +277,7 @@ class _Block(torch.autograd.Function):
         ctx.longest = getattr(places, "max_seqlen", None)
         # takes_rows: the backward pass uses rows in 8 bits that the next block has attached to the gradient of m.
         # gives_rows: the backward pass attaches rows in 8 bits to the gradient of the branch (``fp8_rows.lay_beside``).
-        ctx.takes_rows = options.fp8 == fp8_layers.SWITCHBACK
+        ctx.takes_rows = options.recomputes_inputs
         ctx.gives_rows = ctx.takes_rows and branch is not None and takes_rows(branch)
         ctx.shape, ctx.y_dtype, ctx.has_branch = shape, (x if branch is None else branch).dtype, branch is not None
         if options.fp8 is not None:
@@ -316,33 +325,34 @@ def _forward(
     o = None if options.fp8 is None else fp8_layers.operand(plans, "heads", (heads,), options.dtype)
     a = multiply(heads if o is None else o, cast.w_out, cast.b_out)
     t, m, saved = mlp_half(plans, options, s, a, cast)
-    saved = (s, mean, rstd, y, qkv, bounds, heads, o, lse, cast.norm_1, cast.w_in, cast.w_out, *saved)
+    y, o, bias = (None, None, cast.norm_1_bias) if options.recomputes_inputs else (y, o, None)
+    saved = (s, mean, rstd, y, qkv, bounds, heads, o, lse, cast.norm_1, bias, cast.w_in, cast.w_out, *saved)
     return (t, m), saved
 
 
 def _backward(
-    ctx: Any, grad_t: Tensor, grad_m: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, qkv: Tensor,
-    bounds: Tensor | None, heads: Tensor, o: Any, lse: Tensor, norm: Tensor, w_in: Tensor, w_out: Tensor,
-    *of_mlp: Tensor,
+    ctx: Any, grad_t: Tensor, grad_m: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, y: Any, qkv: Tensor,
+    bounds: Tensor | None, heads: Tensor, o: Any, lse: Tensor, norm: Tensor, norm_bias: Tensor, w_in: Tensor,
+    w_out: Tensor, *of_mlp: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return a transformer block's gradients of stream, branch and parameters, from the last equation to the first."""
     options, wanted, width = ctx.options, ctx.wanted, s.shape[-1]
     dt, da, of_norm_2, *mlp_grads = mlp_half_grads(ctx, grad_t.contiguous(), grad_m.contiguous(), *of_mlp)
-    o = heads if o is None else o  # the input of the output projection, in 8 bits or as attention returned it
+    # The weight's gradient by the recipe ``full`` reads the heads in 8 bits.
+    o = heads if o is None else o
     d_heads, dw_out, db_out = linear_grads(ctx, "out", da, o, w_out, wanted.w_out, wanted.b_out)
     with_sums = wanted.b_in is not None
     numbers = options.heads, options.causal, options.scale
     dqkv, db_in = compute(ctx.plans, attention_bwd, with_sums, d_heads, qkv, bounds, heads, lse, *numbers, with_sums)
-    dy, dw_in, _ = linear_grads(ctx, "in", dqkv.view(-1, 3 * width), y, w_in, wanted.w_in, None)
+    dqkv = dqkv.view(-1, 3 * width)
+    dy, dw_in, _ = linear_grads(ctx, "in", dqkv, y, w_in, wanted.w_in, None)
     dy = dy if dy.dtype is ctx.y_dtype else dy.to(ctx.y_dtype)
     with_sums = bool(wanted.norm_1 or wanted.norm_1_bias)
-    norm_bwd = layer_norm_fp8_bwd if ctx.gives_rows else layer_norm_bwd
-    ds, du, of_norm_1, *rows = compute(
-        ctx.plans, norm_bwd, ("norm_1", with_sums), dy, dt, s, norm, mean, rstd, with_sums
+    ds, du, of_norm_1, y = norm_grads(
+        ctx, "norm_1", dy, dt, s, norm, norm_bias, mean, rstd, with_sums, wanted.w_in is not None, ctx.gives_rows
     )
-    du = ds if s.dtype == dy.dtype else du
-    if rows:
-        lay_beside(du, *rows)
+    if y is not None:
+        dw_in = weight_grad(dqkv, y.to(dqkv.dtype), wanted.w_in)
     of_parameters = (*pair(of_norm_1), *pair(of_norm_2), dw_in, db_in, dw_out, db_out, *mlp_grads)
     return (ds, du if ctx.has_branch else None, *in_dtypes(of_parameters, wanted))
 
@@ -380,86 +390,71 @@ def mlp_half(
     norm = layer_norm_fp8_fwd if is_fp8 else layer_norm_fwd
     multiply: Any = fp8_layers.linear if is_fp8 else F.linear
     *results, t, mean, rstd = compute(plans, norm, "norm_2", a, s, cast.norm_2, cast.norm_2_bias, options.eps_2)
-    y = fp8_layers.operand(plans, "norm_2", results, options.dtype) if is_fp8 else results[0]
+    y: Any = fp8_layers.operand(plans, "norm_2", results, options.dtype) if is_fp8 else results[0]
     h = multiply(y, cast.w_fc, None if options.adds_bias else cast.b_fc)
     if options.adds_bias:
         g = compute(plans, bias_act_fp8_fwd if is_fp8 else bias_act_fwd, "", h, cast.b_fc, options.gelu == QUICK)
     else:
-        g = h * torch.sigmoid(1.702 * h) if options.gelu == QUICK else F.gelu(h, approximate=options.gelu)
+        g = gelu_of(h, options.gelu)
     if is_fp8:
         g = fp8_layers.operand(plans, "gelu", g if options.adds_bias else (g,), options.dtype)
+    m = multiply(g, cast.w_proj, cast.b_proj)
+    y, g, bias = (None, None, cast.norm_2_bias) if options.recomputes_inputs else (y, g, None)
     b_fc = cast.b_fc if options.adds_bias else None
-    saved = (t, mean, rstd, y, h, g, cast.norm_2, cast.w_fc, b_fc, cast.w_proj)
-    return t, multiply(g, cast.w_proj, cast.b_proj), saved
+    return t, m, (t, mean, rstd, y, h, g, cast.norm_2, bias, cast.w_fc, b_fc, cast.w_proj)
 
 
 def mlp_half_grads(
-    ctx: Any, grad_t: Tensor, grad_m: Tensor, t: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, h: Tensor, g: Tensor,
-    norm: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor,
+    ctx: Any, grad_t: Tensor, grad_m: Tensor, t: Tensor, mean: Tensor, rstd: Tensor, y: Any, h: Tensor, g: Any,
+    norm: Tensor, norm_bias: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Return a block's gradients of s and a, of norm_2 [2, width], and of w_proj, b_proj, w_fc and b_fc of its MLP."""
-    options, wanted = ctx.options, ctx.wanted
+    options, wanted, again = ctx.options, ctx.wanted, ctx.options.recomputes_inputs
     dg, dw_proj, db_proj = linear_grads(ctx, "proj", grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
-    if options.adds_bias:
-        with_sums = wanted.b_fc is not None
-        gelu_bwd = bias_act_fp8_bwd if ctx.takes_rows else bias_act_bwd
-        dh, db_fc, *rows = compute(ctx.plans, gelu_bwd, with_sums, dg, h, b_fc, options.gelu == QUICK, with_sums)
-        if rows:
-            lay_beside(dh, *rows)
-        dy, dw_fc, _ = linear_grads(ctx, "fc", dh, y, w_fc, wanted.w_fc, None)
+    if not options.adds_bias:
+        dh, db_fc = gelu_grad(dg, h, options.gelu), None
+        g = gelu_of(h, options.gelu) if again else g
     else:
-        dh = _gelu_grad(dg, h, options.gelu)
-        dy, dw_fc, db_fc = linear_grads(ctx, "fc", dh, y, w_fc, wanted.w_fc, wanted.b_fc)
+        with_g, with_sums = again and wanted.w_proj is not None, wanted.b_fc is not None
+        args = dg, h, b_fc, options.gelu == QUICK, with_sums, *((with_g,) if again else ())
+        gelu_bwd = bias_act_fp8_bwd if again else bias_act_bwd
+        dh, db_fc, *others = compute(ctx.plans, gelu_bwd, (with_sums, with_g), *args)
+        if again:
+            *gs, values, scale = others
+            lay_beside(dh, values, scale)
+            g = gs[0] if gs else None
+    if again and g is not None:
+        dw_proj = weight_grad(grad_m, g, wanted.w_proj)
+    del g, dg
+    of_bias = None if options.adds_bias else wanted.b_fc
+    dy, dw_fc, db = linear_grads(ctx, "fc", dh, y, w_fc, wanted.w_fc, of_bias)
+    db_fc = db_fc if options.adds_bias else db
     with_sums = bool(wanted.norm_2 or wanted.norm_2_bias)
-    norm_bwd = layer_norm_fp8_bwd if ctx.takes_rows else layer_norm_bwd
-    ds, da, of_norm, *rows = compute(
-        ctx.plans, norm_bwd, ("norm_2", with_sums), dy, grad_t, t, norm, mean, rstd, with_sums
+    ds, da, of_norm, y = norm_grads(
+        ctx, "norm_2", dy, grad_t, t, norm, norm_bias, mean, rstd, with_sums, wanted.w_fc is not None, True
     )
-    da = ds if t.dtype == dy.dtype else da
-    if rows:
-        lay_beside(da, *rows)
+    if y is not None:
+        dw_fc = weight_grad(dh, y, wanted.w_fc)
     return ds, da, of_norm, dw_proj, db_proj, dw_fc, db_fc
 
 
-def linear_grads(
-    ctx: Any, name: str, grad: Tensor, x: Any, weight: Any, weight_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of input, weight and bias of a block's linear layer on rows.
+def norm_grads(
+    ctx: Any, name: str, grad_y: Tensor, grad_s: Tensor, s: Tensor, norm: Tensor, bias: Tensor, mean: Tensor,
+    rstd: Tensor, with_sums: bool, with_y: bool, gives_rows: bool,
+) -> tuple[Tensor, Tensor, Any, Tensor | None]:  # fmt: skip
+    """Return the gradients of stream, branch and parameters by a block's norm, and the norm itself if the block
+    recomputes it (``with_y``); else None.
 
-    The gradients of weight and bias have the dtypes given, where the product can be rounded to them at once; they are
-    None for a dtype that is None. In 8 bits, ``weight`` is the columns of the weight, and ``name`` is the key under
-    which the layer's plans are kept.
+    With ``gives_rows``, rows in 8 bits are attached to the branch's gradient, in a block that makes such rows.
     """
-    if ctx.options.fp8 is not None:
-        wanted = weight_dtype is not None, bias_dtype is not None
-        return fp8_layers.linear_grads(ctx.plans, name, grad, x, weight, ctx.options.fp8, *wanted)
-    dw: Tensor | None = None
-    if weight_dtype:
-        is_widened = weight_dtype == torch.float32 and grad.is_cuda and grad.dtype != weight_dtype
-        dw = torch.mm(grad.t(), x, out_dtype=weight_dtype) if is_widened else grad.t().mm(x)
-    return grad.mm(weight), dw, grad.sum(0, dtype=bias_dtype) if bias_dtype else None
-
-
-def _gelu_grad(grad: Tensor, h: Tensor, gelu: str) -> Tensor:
-    """Return the gradient of the input of a transformer block's activation, for a GELU that PyTorch computes."""
-    if gelu != QUICK:
-        return torch.ops.aten.gelu_backward(grad, h, approximate=gelu)
-    p = torch.sigmoid(1.702 * h)
-    return grad * p + 1.702 * torch.ops.aten.sigmoid_backward(grad * h, p)
-
-
-def in_dtypes(grads: Sequence[Tensor | None], wanted: Sequence[Any]) -> list[Tensor | None]:
-    """Return gradients of a transformer block in the dtypes that are wanted, by one launch; None for the others."""
-    results = list(grads)
-    targets, sources = [], []
-    for k, (grad, dtype) in enumerate(zip(grads, wanted, strict=True)):
-        if dtype is None or grad is None:
-            results[k] = None
-        elif grad.dtype != dtype:
-            results[k] = target = torch.empty_like(grad, dtype=dtype)
-            targets.append(target)
-            sources.append(grad)
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    return results
+    args: tuple[Any, ...] = grad_y, grad_s, s, norm, mean, rstd, with_sums
+    y: list[Tensor] = []
+    if ctx.options.recomputes_inputs:
+        args, key = (*args, bias if with_y else None), (name, with_sums, with_y)
+        ds, dx, sums, *y, values, scale = compute(ctx.plans, layer_norm_fp8_bwd, key, *args)
+    else:
+        ds, dx, sums = compute(ctx.plans, layer_norm_bwd, (name, with_sums), *args)
+    dx = ds if s.dtype == grad_y.dtype else dx
+    if ctx.options.recomputes_inputs and gives_rows:
+        lay_beside(dx, values, scale)
+    return ds, dx, sums, y[0] if y else None

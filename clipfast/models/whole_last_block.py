@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.implementations import Plans, attention_pool_bwd, attention_pool_fwd, compute, layer_norm_bwd
+from .block_parts import in_dtypes, linear_grads
 from .packed_text import PackedText
 from .whole_block import (
     Function,
@@ -21,8 +22,6 @@ from .whole_block import (
     Parameters,
     applied,
     first_norm,
-    in_dtypes,
-    linear_grads,
     mlp_half,
     mlp_half_grads,
     pair,

@@ -11,21 +11,22 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..kernels import contrastive_loss, distributed_contrastive_loss
+from ..kernels import backends, contrastive_loss, distributed_contrastive_loss
 from ..kernels.hardware import Card
 from ..kernels.launch import record_launches
 from ..kernels.spec import lengths_of
 from ..losses.accumulation import accumulate_gradients
 from ..losses.clip_loss import ClipLoss
-from ..models import CLIP, CLIPConfig, build, get_model_config
+from ..models import CLIP, CLIPConfig, build, get_model_config, transformer
 from ..models.packed_text import PackedText, pack_texts
 from ..train.ema import WeightAverage
 from ..train.fsdp import shard
@@ -151,6 +152,25 @@ def _fake_processes(gpus: int, *, is_fake: bool, rank: int = 0) -> Iterator[None
 
 
 @contextlib.contextmanager
+def _whole_blocks() -> Iterator[None]:
+    """Let one function compute a whole block, as in training, although the present modes see its ops on fake tensors.
+
+    In 8 bits, such a block keeps other tensors than its modules do.
+    """
+    modes = backends.num_dispatch_modes()
+
+    def is_watched() -> bool:
+        """Return whether a mode of checkpointing has to see the ops of a block."""
+        return backends.num_dispatch_modes() > modes
+
+    with (
+        mock.patch.object(backends, "PLAIN", (*backends.PLAIN, FakeTensor)),
+        mock.patch.object(transformer, "is_watched", is_watched),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def _ledger_of(
     card: Card | None, categories: Mapping[str, str], ledger_type: type[Ledger], *, is_fake: bool
 ) -> Iterator[Ledger]:
@@ -229,7 +249,11 @@ def rank_of(
         model.set_fp8(setup.fp8_recipe)
     with _fake_processes(setup.gpus, is_fake=is_fake):
         mesh = init_device_mesh("cpu", (setup.gpus,)) if setup.is_sharded else None
-        with _ledger_of(card, CATEGORIES, ledger_type, is_fake=is_fake) as ledger:
+        is_whole = setup.precision == "amp_fp8" and is_fake and card is not None
+        with (
+            _ledger_of(card, CATEGORIES, ledger_type, is_fake=is_fake) as ledger,
+            _whole_blocks() if is_whole else contextlib.nullcontext(),
+        ):
             yield Rank(setup, model, mesh, ledger)
 
 

@@ -39,26 +39,24 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
 
 
 def with_rows(
-    compute: Callable[..., Any], quantize: Callable[[Tensor], Any] = lambda x: rounded(x, E4M3)
-) -> Callable[..., Any]:
-    """Return the function that returns the results of ``compute``, and after them the values and the scales of dx in 8
-    bits.
-
-    ``compute`` returns the gradients of a layer norm, which are ds, dx (None if it is equal to ds) and sums, or those
-    of an activation, which are dx and sums.
+    compute: Callable[..., Any], dx_of: Callable[[Any], Tensor],
+    quantize: Callable[[Tensor], Any] = lambda x: rounded(x, E4M3),
+) -> Callable[..., Any]:  # fmt: skip
+    """Return the function that returns the results of ``compute``, the gradients of a layer norm or an activation, and
+    after them the values and the scales of dx in 8 bits; ``dx_of`` returns dx from the results.
     """
 
     def both(*args: Any) -> tuple[Any, ...]:
         """Compute the gradients of a layer norm or an activation, and round the rows of dx to 8 bits."""
         found = compute(*args)
-        return *found, *quantize(found[0] if found[-2] is None else found[-2])
+        return *found, *quantize(dx_of(found))
 
     return both
 
 
 def bias_act_bwd(*args: Any) -> Callable[..., Any]:
     """Return the function that computes the gradients of bias and activation, and that of x in 8 bits as well."""
-    return with_rows(_bwd_cpu(*args))
+    return with_rows(_bwd_cpu(*args), lambda found: found[0])
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

@@ -98,11 +98,24 @@ def _grad_tiles(rows: int, width: int, device: torch.device) -> tuple[RowConfig,
     return replace(cfg, max_registers=128), programs, tile
 
 
-def bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> Callable[..., Any]:
-    """Return the function that computes the gradients of bias and activation, and that of x in 8 bits as well."""
+def _grad_and_y_tiles(rows: int, width: int, device: torch.device) -> tuple[RowConfig, int, dict[str, int]]:
+    """Choose the tiles of an activation's backward kernel that also writes the activation y, and would spill registers
+    with as many numbers for each thread as other backward kernels have.
+    """
+    cfg, programs, tile = row_tiles(rows, width, device, 8)
+    return replace(cfg, max_registers=80), programs, tile
+
+
+def bias_act_bwd(
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, with_y: bool = False
+) -> Callable[..., Any]:
+    """Return the function that computes the gradients of bias and activation, the activation y as well if ``with_y``,
+    and the gradient of x in 8 bits.
+    """
+    args = grad, x, bias, quick, with_sums, with_y
     if x.shape[-1] <= MAX_GRAD_WIDTH:
-        return activation._bwd_triton(grad, x, bias, quick, with_sums, _grad_tiles)
-    return with_rows(activation._bwd_triton(grad, x, bias, quick, with_sums), quantize(new_tensors(x)(), E4M3))
+        return activation._bwd_triton(*args, row_tiles=_grad_and_y_tiles if with_y else _grad_tiles)
+    return with_rows(activation._bwd_triton(*args), lambda found: found[0], quantize(new_tensors(x)(), E4M3))
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,7 +9,7 @@ With Q(A) the rows of A in 8 bits, each with its scale (``fp8_rows.py``), for x 
 
 The backward pass reads Q(x), 8 bits a number, instead of x. In ``switchback``, dW is the exact gradient with respect to
 Q(W) of the y that was computed, so no rounding is added to those of the forward pass. The gradient of a rounding is
-taken to be 1.
+taken to be 1. A model's block that is one function (``clipfast/models/whole_block.py``) computes dW = dy^T x instead.
 
 FLOPs: 2 M N K for each of the three products. Bytes: M K + N K + 2 M N forward.
 Method: SwitchBack, in the form that keeps 8 bits (Wortsman et al. 2023, "Stable and low-precision training for
@@ -181,7 +181,8 @@ class CachedWeights:
     """The 8-bit forms of weights, computed when first asked for and again after a weight has changed.
 
     They are computed again after each step of an optimizer, and if PyTorch's counter of a tensor's changes, or its
-    address, has changed. Other code that writes past that counter, through ``.data``, has to call :meth:`clear`.
+    address, has changed. Code that writes past that counter has to call :meth:`clear`: through ``.data``, by a replayed
+    CUDA graph that holds an optimizer's step, or by loading weights that FSDP2 shards and gathers.
     Nothing is kept under a compiler or in the capture of a CUDA graph, whose replay must compute them again.
     """
 

@@ -76,17 +76,20 @@ def _plan_backward(grad_y: Tensor, *args: Any) -> Callable[..., Any]:
     """
     if triton_runs_on(grad_y.device):
         return launches.backward(grad_y, *args, in_fp8=True)
-    return with_rows(cpu.backward(grad_y, *args))
+    return with_rows(cpu.backward(grad_y, *args), lambda found: found[0] if found[1] is None else found[1])
 
 
 @registered("layer_norm_fp8_bwd")
 def _layer_norm_fp8_bwd(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients that ``layer_norm_bwd`` returns, and values and scales of the gradient of x in 8 bits."""
-    args = grad_y, grad_s, s, weight, mean, rstd, with_sums
-    *found, values, scale = _plan_backward(*args)(*args)
-    return *as_outputs(grad_y, mean, *found), values, scale
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients that ``layer_norm_bwd`` returns, the norm once more in 16 bits, as ``layer_norm`` rounds it
+    (empty without its ``bias``), and values and scales of the gradient of x in 8 bits.
+    """
+    args = grad_y, grad_s, s, weight, mean, rstd, with_sums, bias
+    ds, dx, sums, *y, values, scale = _plan_backward(*args)(*args)
+    return *as_outputs(grad_y, mean, ds, dx, sums), *(y or [grad_y.new_empty(0)]), values, scale
 
 
 _layer_norm_fp8_bwd.planned_by(_plan_backward)
@@ -94,9 +97,11 @@ _layer_norm_fp8_bwd.planned_by(_plan_backward)
 
 @_layer_norm_fp8_bwd.register_fake
 def _(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *fake_gradients(grad_y, s, mean, with_sums), *fake_rows(grad_y, E4M3)
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y = grad_y.new_empty((0,) if bias is None else grad_y.shape)
+    return *fake_gradients(grad_y, s, mean, with_sums), y, *fake_rows(grad_y, E4M3)
 
 
 def _setup_fp8(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -179,20 +179,25 @@ def _plan_bias_act_bwd(grad: Tensor, *args: Any) -> Callable[..., Any]:
 
 @registered("bias_act_fp8_bwd")
 def _bias_act_fp8_bwd(
-    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients that ``bias_act_bwd`` returns, and values and scales of the gradient of x in 8 bits."""
-    args = grad, x, bias, quick, with_sums
-    dx, sums, values, scale = _plan_bias_act_bwd(*args)(*args)
-    return *activation.as_outputs(x, dx, sums), values, scale
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, with_y: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients that ``bias_act_bwd`` returns, the activation once more in 16 bits, as ``bias_gelu`` rounds
+    it (empty unless ``with_y``), and values and scales of the gradient of x in 8 bits.
+    """
+    args = grad, x, bias, quick, with_sums, with_y
+    dx, sums, *y, values, scale = _plan_bias_act_bwd(*args)(*args)
+    return *activation.as_outputs(x, dx, sums), *(y or [x.new_empty(0)]), values, scale
 
 
 _bias_act_fp8_bwd.planned_by(_plan_bias_act_bwd)
 
 
 @_bias_act_fp8_bwd.register_fake
-def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *activation.fake_gradients(x, with_sums), *fake_rows(x, E4M3)
+def _(
+    grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool, with_y: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape if with_y else (0,))
+    return *activation.fake_gradients(x, with_sums), y, *fake_rows(x, E4M3)
 
 
 def _bias_act_context(ctx: Any, inputs: tuple[Any, ...], output: Carried) -> None:

@@ -38,26 +38,29 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, ep
 
 
 def backward(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> Callable[..., Any]:
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
+    bias: Tensor | None = None,
+) -> Callable[..., Any]:  # fmt: skip
     """Return the function that computes the layer norm's gradients: ds, dx (None if it has the dtype of ds), and dw and
-    db (each None unless ``with_sums``).
+    db (each None unless ``with_sums``). If ``bias`` is given, it also returns the norm y in the dtype of ``grad_y``.
     """
     dtype, shape, mask = accumulate_dtype(s.dtype), s.shape[-1:], [True, with_sums, with_sums]
     is_same = grad_y.dtype == s.dtype == weight.dtype == dtype
 
     def compute(
-        grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, _: bool
-    ) -> tuple[Any, ...]:
+        grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, _: bool,
+        bias: Tensor | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Compute the gradients of layer norm on the CPU."""
+        y = () if bias is None else (((s - mean) * rstd * weight + bias).to(grad_y.dtype).contiguous(),)
         if is_same:
             ds, *sums = _backward(grad_y, s, shape, mean, rstd, weight, weight, mask)
-            return ds if grad_s is None else ds.add_(grad_s), None, tuple(sums)
+            return ds if grad_s is None else ds.add_(grad_s), None, tuple(sums), *y
         wide = weight.to(dtype)
         ds, *sums = _backward(grad_y.to(dtype), s.to(dtype), shape, mean, rstd, wide, wide, mask)
         if grad_s is not None:
             ds += grad_s
         dx = ds.to(grad_y.dtype) if grad_y.dtype != s.dtype else None
-        return ds.to(s.dtype), dx, tuple(sums)
+        return ds.to(s.dtype), dx, tuple(sums), *y
 
     return compute

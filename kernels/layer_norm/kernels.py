@@ -88,6 +88,8 @@ def _layer_norm_bwd_kernel(
     sums_ptr,  # [programs, 2, N] fp32, for weight and bias
     values_ptr,  # [M, N] contiguous, dx in 8 bits, or None
     scale_ptr,  # [M] fp32, the scales of dx in 8 bits, or None
+    bias_ptr,  # [N] contiguous, or None if y is not wanted
+    y_ptr,  # [M, N] contiguous, the norm y once more, or None
     M,
     stride_ym, stride_yn, stride_gm, stride_gn, stride_sm, stride_sn,
     N: tl.constexpr, MOST: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
@@ -97,6 +99,8 @@ def _layer_norm_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
+    if y_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
     columns = offs_n.to(tl.int64)[None, :]
     # acc_dw and acc_db are sums of tiles, element by element. Their rows are added up once, after the loop.
     acc_dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -112,6 +116,9 @@ def _layer_norm_bwd_kernel(
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         normed = tl.where(mask_n[None, :], (s - mean) * rstd, 0.0)
+        if y_ptr is not None:
+            y = normed * weight + bias
+            tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
         ds = grad_of_rows(dy, weight, normed, rstd, N)
         if HAS_GRAD_S:
             ds += tl.load(grad_s_ptr + rows * stride_gm + columns * stride_gn, mask=mask, other=0.0).to(tl.float32)

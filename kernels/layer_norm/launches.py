@@ -129,13 +129,14 @@ def forward(
 
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
-    *, in_fp8: bool = False,
+    bias: Tensor | None = None, *, in_fp8: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
     """Plan the launch that computes a layer norm's gradients for tensors with the memory layout of the arguments.
 
     Returns:
         The function that computes ds, dx (None if it has the dtype of ds), and dw and db [2, N] (None unless
-        ``with_sums``). With ``in_fp8`` it also returns the values and the scales of dx, or of ds, in 8 bits.
+        ``with_sums``). With ``in_fp8`` it also returns, if ``bias`` is given, the norm y in the dtype of ``grad_y``,
+        and the values and the scales of dx, or of ds, in 8 bits.
     """
     width, with_dx = s.shape[-1], grad_y.dtype != s.dtype
     layouts = [row_strides(x) for x in (grad_y, s if grad_s is None else grad_s, s)]
@@ -144,14 +145,15 @@ def backward(
         s.device, s.dtype, num_rows(s), width, *y_strides, *grad_s_strides, *s_strides,
         has_grad_s=grad_s is not None, with_dx=with_dx, with_sums=with_sums, in_fp8=in_fp8,
     )  # fmt: skip
-    start, new_ds, new_dx = Start(plan), new_tensors(s), new_tensors(grad_y)
+    start, new_ds, new_dx, new_y = Start(plan), new_tensors(s), new_tensors(grad_y), new_tensors(grad_y)
     new_sums = new_tensors(s, (programs, 2, width), torch.float32)
     new_values, new_scale = new_tensors(grad_y, None, E4M3), new_tensors(grad_y, grad_y.shape[:-1], torch.float32)
     no_dx, no_sums = new_tensors(grad_y, (0,))(), new_tensors(s, (0,), torch.float32)()
 
     def compute(
-        grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-    ) -> tuple[Any, ...]:
+        grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
+        bias: Tensor | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         """Compute the gradients of layer norm, for tensors of the planned layout."""
         if y_copied:
             grad_y = as_rows(grad_y)
@@ -162,8 +164,10 @@ def backward(
         ds = new_ds()
         dx, sums = new_dx() if with_dx else no_dx, new_sums() if with_sums else no_sums
         rows = (new_values(), new_scale()) if in_fp8 else (None, None)
-        start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums, *rows)
+        y = None if bias is None else new_y()
+        bias = None if bias is None else bias.contiguous()
+        start(grad_y, grad_s, s, weight.contiguous(), mean, rstd, ds, dx, sums, *rows, bias, y)
         found = ds, dx if with_dx else None, sums.sum(0) if with_sums else (None, None)
-        return (*found, *rows) if in_fp8 else found
+        return (*found, *(() if y is None else (y,)), *rows) if in_fp8 else found
 
     return compute

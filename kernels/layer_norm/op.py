@@ -131,7 +131,7 @@ def _backward(
     ds, dx, sums, *rows = (op.find(options, tensors) or op.learn(options, tensors, args))(*args)
     dx = ds if ctx.x_dtype is s.dtype else dx
     if rows:
-        lay_beside(dx, *rows)
+        lay_beside(dx, *rows[-2:])
     d_residual = ds if needed[1] else None
     if not with_sums:
         return dx, d_residual, None, None, None

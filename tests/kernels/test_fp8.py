@@ -14,6 +14,7 @@ from clipfast.kernels import (
     bias_gelu_fp8,
     bias_quick_gelu_fp8,
     fp8_linear,
+    fp8_rows,
     layer_norm_fp8,
     quantize_rows,
     quantize_weight,
@@ -23,7 +24,7 @@ from clipfast.kernels.common import cdiv, next_power_of_2
 from clipfast.kernels.configs import RowConfig
 from clipfast.kernels.fp8 import launches, support
 from clipfast.kernels.fp8.multiply import multiply
-from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST, rows_beside
+from clipfast.kernels.fp8_rows import E4M3, E5M2, LARGEST, lay_beside, rows_beside
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 RECIPES = ("switchback", "full")
@@ -209,8 +210,11 @@ def test_registered_ops():
             torch.library.opcheck(ops.fp8_linear_bwd.default, backward, test_utils=("test_faketensor",))
     for y in (dy, dy.half()):  # the residual stream has the dtype of the gradient, or another one
         h, stats = y.transpose(0, 1), torch.ones(50, 3, 1)
-        for wanted in (False, True):
-            given = (h, h, b.detach(), False, wanted), (h, None, dy.transpose(0, 1), b.detach(), stats, stats, wanted)
+        for wanted, again in ((False, False), (True, False), (True, True)):
+            given = (
+                (h, h, b.detach(), False, wanted, again),
+                (h, None, dy.transpose(0, 1), b.detach(), stats, stats, wanted, b.detach() if again else None),
+            )
             for op, args in zip((ops.bias_act_fp8_bwd, ops.layer_norm_fp8_bwd), given, strict=True):
                 torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -315,6 +319,35 @@ def test_gradients_bring_their_rows_in_8_bits(shape, device):
                 assert all(map(torch.equal, bits(Fp8Rows(values, scale)), bits(reference.quantize_rows(grad))))
                 grad.add_(1)
                 assert rows_beside(grad) == (None, None)
+
+
+@pytest.mark.parametrize("of_stream", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(33, 77), (2, 3, 64), (5, 4100)], ids=str)
+def test_backward_kernels_write_results_of_forward_kernels_again(shape, of_stream, device):
+    ops = torch.ops.clipfast
+    x, dy = (torch.randn(shape, device=device).half() for _ in range(2))
+    weight, bias = torch.randn(2, shape[-1], device=device).unbind()
+    y, s, mean, rstd = ops.layer_norm_fwd(x, torch.randn(shape, device=device).to(of_stream), weight, bias, 1e-5)
+    calls = [(ops.layer_norm_fp8_bwd, (dy, dy.to(of_stream), s, weight, mean, rstd, True), 3, bias, y)]
+    for quick in (False, True):
+        calls.append((ops.bias_act_fp8_bwd, (dy, x, bias, quick, True), 2, True, ops.bias_act_fwd(x, bias, quick)))
+    for op, args, place, wanted, expected in calls:
+        with_y, without_y = list(op(*args, wanted)), list(op(*args))
+        found, nothing = with_y.pop(place), without_y.pop(place)
+        assert nothing.numel() == 0
+        assert all(map(torch.equal, with_y, without_y))
+        torch.testing.assert_close(found, expected)
+        assert (found != expected).double().mean() <= 0.01  # errors in the last digits of float32 may decide a rounding
+
+
+def test_rows_of_a_gradient_serve_only_the_stream_on_which_they_were_made(monkeypatch):
+    grad = torch.randn(3, 8)
+    rows, current = quantize_rows(grad)[:2], [1]
+    monkeypatch.setattr(fp8_rows, "_stream", lambda _: current[0])
+    lay_beside(grad, *rows)
+    assert rows_beside(grad) == rows
+    current[0] = 2
+    assert rows_beside(grad) == (None, None)
 
 
 def test_a_gradient_that_a_hook_changes_without_a_trace_is_rounded_after_it():

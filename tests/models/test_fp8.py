@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from clipfast import contrastive_loss, create_model, get_model_config, report_kernels
-from clipfast.kernels.fp8 import RECIPES, Fp8Rows
-from clipfast.kernels.fp8_rows import rows_beside
-from clipfast.models import build, fp8_layers, layers, transformer, whole_block
+from clipfast.kernels.fp8 import E4M3, RECIPES, Fp8Rows
+from clipfast.kernels.fp8_rows import rounded, rows_beside
+from clipfast.models import block_parts, build, fp8_layers, layers, transformer, whole_block
 from clipfast.models.transformer import Transformer, read_rows, run_plain
 
 from .test_whole_block import TOKENS, WIDTH, random_block, run
+
+WEIGHTS = {"attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
 
 
 @pytest.fixture
@@ -40,7 +42,9 @@ def set_fp8(block, recipe):
 @pytest.mark.parametrize("has_branch", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize(("gelu", "causal"), [("none", False), ("quick", True), ("tanh", False)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_one_function_has_the_bits_of_the_modules(recipe, gelu, causal, has_branch, autocast, on_gpu):
+def test_one_function_differs_from_the_modules_in_gradients_of_weights_alone(
+    recipe, gelu, causal, has_branch, autocast, on_gpu
+):
     block, x = set_fp8(random_block(gelu, causal=causal), recipe), torch.randn(3, TOKENS, WIDTH)
     x = x.bfloat16() if autocast else x
     branch = torch.randn_like(x) if has_branch else None
@@ -49,11 +53,28 @@ def test_one_function_has_the_bits_of_the_modules(recipe, gelu, causal, has_bran
     if autocast and not has_branch:  # with or without fp8, autograd rounds the two gradients of x before it adds them
         torch.testing.assert_close(ours.pop("x"), theirs.pop("x"), rtol=0.02, atol=0.1)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    differ = {name for name, value in ours.items() if not torch.equal(value, theirs[name])}
+    assert differ == (WEIGHTS if recipe == "switchback" else set())
     assert bytes_ours <= bytes_theirs
     of_16_bits = run(set_fp8(block, None), x, branch, whole=True, autocast=autocast)
     assert bytes_ours < of_16_bits[1]
     assert not torch.equal(ours["out"], of_16_bits[0]["out"])
+
+
+@pytest.mark.parametrize("gelu", ["none", "quick", "tanh"])
+def test_gradients_of_weights_read_inputs_that_were_not_rounded(gelu, on_gpu, monkeypatch):
+    multiplied, read = [], []
+    linear, weight_grad = fp8_layers.linear, whole_block.weight_grad
+    monkeypatch.setattr(fp8_layers, "linear", lambda x, *args: multiplied.append(x) or linear(x, *args))
+    for module in (whole_block, block_parts):
+        monkeypatch.setattr(module, "weight_grad", lambda grad, x, dtype: read.append(x) or weight_grad(grad, x, dtype))
+    run(set_fp8(random_block(gelu), "switchback"), torch.randn(3, TOKENS, WIDTH), None, whole=True)
+    for rows, x in zip(multiplied[::-1], read, strict=True):
+        values, scale = rounded(x, E4M3)
+        torch.testing.assert_close(scale, rows.scale)
+        # An error in the last digits of float32 may decide how a number halfway between two 8-bit numbers is rounded.
+        assert (values.float() != rows.values.float()).double().mean() <= 0.01
+        assert (x != rows.wide()).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("is_read", [False, True], ids=["", "branch is read"])
@@ -184,7 +205,7 @@ def test_a_last_block_in_8_bits_computes_all_rows():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, inputs):
+def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, inputs, monkeypatch):
     def gradients(fp8, checkpointing=False, compiled=False):
         """Return the gradients of a model's parameters by the contrastive loss, with blocks in 8 bits if ``fp8``."""
         model.set_fp8(fp8, skip=(0, 0))
@@ -201,7 +222,11 @@ def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, 
     for checkpointing in (True, "selective"):
         again = gradients(recipe, checkpointing)
         assert all(torch.equal(again[name], grad) for name, grad in ours.items())
-    torch.testing.assert_close(gradients(recipe, compiled=True), ours, rtol=1e-4, atol=1e-6)
+    of_compiled = gradients(recipe, compiled=True)  # by the modules, as a compiler has to see them
+    monkeypatch.setattr(transformer, "whole_blocks", lambda *_: {})
+    torch.testing.assert_close(of_compiled, gradients(recipe), rtol=1e-4, atol=1e-6)
+    of_selective, of_modules = gradients(recipe, "selective"), gradients(recipe)
+    assert all(torch.equal(of_selective[name], grad) for name, grad in of_modules.items())
 
 
 def test_checkpoints_hold_no_8_bits(model, tmp_path):

@@ -433,12 +433,15 @@ class TestCommand:
 
 def test_a_step_in_8_bits_keeps_fewer_activations_and_takes_the_published_rate_of_a_product():
     kept, flops = {}, set()
-    for precision in ("amp_bf16", "amp_fp8"):
-        plan = StepPlan(Setup("deep", 1, precision=precision), H100, H100.card)
+    for precision, recipe in (("amp_bf16", "switchback"), ("amp_fp8", "full"), ("amp_fp8", "switchback")):
+        plan = StepPlan(Setup("deep", 1, precision=precision, fp8_recipe=recipe), H100, H100.card)
         memory = plan.memory(Batch(64, 64))
         flops.add(plan.model_flops(64))
-        kept[precision] = memory["activations of images"] + memory["activations of texts"]
-    assert 0.7 < kept["amp_fp8"] / kept["amp_bf16"] < 0.95
+        kept[precision, recipe] = memory["activations of images"] + memory["activations of texts"]
+    of_bf16, of_full, of_switchback = kept.values()
+    # A block keeps 32 bytes a token and column in 16 bits, 27 by ``full``, and 20 without inputs of linear layers.
+    assert 0.8 < of_full / of_bf16 < 0.95
+    assert 0.55 < of_switchback / of_bf16 < 0.7
     assert len(flops) == 1
     with _ledger_of(H100.card, {}, Ledger, is_fake=True) as ledger:
         fp8_linear(torch.zeros(64, 32), torch.zeros(48, 32))
