@@ -59,7 +59,7 @@ def _varlen_backward(
     grad_out, out = grad_out.reshape(views[0].shape), out.view(views[0].shape)
     grads = views_of(grad_qkv, num_heads)
     grad_bias = varlen.backward(grad_out, *views, out, lse, bounds, causal, scale, grads, with_bias)
-    return grad_qkv, None if grad_bias is None else grad_bias.flatten()
+    return grad_qkv, grad_bias
 
 
 def _varlen_qkv_forward(
@@ -143,7 +143,7 @@ def plan_backward(
         grad_qkv = new_grad()
         places = _places(qkv, step, num_heads), _places(grad_qkv, grad_step, num_heads)
         grad_bias = compute(grad_out, places[0], out, lse, seqlens, places[1])
-        return grad_qkv, None if grad_bias is None else grad_bias.flatten()
+        return grad_qkv, grad_bias
 
     return run
 
@@ -261,7 +261,7 @@ def _backward(
     Returns:
         The function that writes the gradients. Its arguments are the upstream gradient, the :data:`Places` of q, k and
         v, the output, the log-sum-exp, the lengths, and the :data:`Places` of the gradients. It returns the gradient of
-        a bias on the projection in float32, [3, H * D]: the sums over batch and tokens of dq and of dv, and zeros
+        a bias on the projection in float32, [3 * H * D]: the sums over batch and tokens of dq and of dv, and zeros
         between them. Unless ``with_sums``, it returns None.
     """
     has_near_heads, has_seqlens = _have_near_heads(q, k, v, grad_out), seqlens is not None

@@ -162,15 +162,18 @@ def _two_phases(
 
 
 def grad_of_bias(sums: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Return the gradient [3, H * D] of a bias on the projection, from the sums of dq and of dv; the gradient of the
+    """Return the gradient [3 * H * D] of a bias on the projection, from the sums of dq and of dv; the gradient of the
     keys' bias is zero (op.py says why).
     """
-    grad_bias = sums[0].new_zeros((3, sums[0].shape[-1]))
     if isinstance(sums, Tensor):
-        torch.sum(sums, 1, out=grad_bias[::2])
-    else:
-        for rows, total in zip(sums, (grad_bias[0], grad_bias[2]), strict=True):
-            torch.sum(rows.flatten(0, 1), 0, out=total)
+        width = sums.shape[-1]
+        grad_bias = sums.new_zeros(3 * width)
+        torch.sum(sums, 1, out=grad_bias.as_strided((2, width), (2 * width, 1)))
+        return grad_bias
+    grad_bias = sums[0].new_zeros(3 * sums[0].shape[-1])
+    of_q, _, of_v = grad_bias.chunk(3)
+    for rows, total in zip(sums, (of_q, of_v), strict=True):
+        torch.sum(rows.flatten(0, 1), 0, out=total)
     return grad_bias
 
 

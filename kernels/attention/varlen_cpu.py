@@ -30,8 +30,8 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return the gradient [3, H * D] of a bias on the
-    projection.
+    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return the gradient [3 * H * D] of a bias on
+    the projection.
     """
     runs = runs_of_bounds(bounds)
     used = runs[-1].tokens.stop if runs else 0
@@ -47,7 +47,7 @@ def backward(
     if not with_sums:
         return None
     of_q, of_v = [grad.flatten(2).sum((0, 1), dtype=accumulate_dtype(q.dtype)) for grad in grads[::2]]
-    return torch.stack([of_q, torch.zeros_like(of_q), of_v])
+    return torch.cat([of_q, torch.zeros_like(of_q), of_v])
 
 
 def _views(runs: list[Run], *tensors: Tensor) -> list[list[Tensor]]:

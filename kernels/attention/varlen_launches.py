@@ -41,8 +41,8 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Tensor,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return the gradient [3, H * D] of a bias on the
-    projection.
+    """Write the gradients of q, k and v to ``grads``; if ``with_sums``, return the gradient [3 * H * D] of a bias on
+    the projection.
     """
     width = q.shape[2] * q.shape[3]
     of_query, of_key, num_m, num_n = _backward_plans(
