@@ -100,8 +100,8 @@ ON_CPU = {
 }
 # Like ``ON_CPU``, but for the interpreted kernels.
 INTERPRETED = {
-    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "run", 0),
-    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
+    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "planner", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "planner", 2),
     ("attention", "d_qkv"): (attention_op._attention_bwd, "planner", 0),
     ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
