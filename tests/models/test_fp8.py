@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clipfast import contrastive_loss, create_model, get_model_config, report_kernels
-from clipfast.kernels.fp8 import E4M3, RECIPES, Fp8Rows
+from clipfast.kernels.fp8 import E4M3, RECIPES, Fp8Rows, linear
 from clipfast.kernels.fp8_rows import rounded, rows_beside
 from clipfast.models import block_parts, build, fp8_layers, layers, transformer, whole_block
 from clipfast.models.transformer import Transformer, read_rows, run_plain
@@ -227,6 +227,21 @@ def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, 
     torch.testing.assert_close(of_compiled, gradients(recipe), rtol=1e-4, atol=1e-6)
     of_selective, of_modules = gradients(recipe, "selective"), gradients(recipe)
     assert all(torch.equal(of_selective[name], grad) for name, grad in of_modules.items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_selective_checkpointing_computes_no_product_twice(recipe, model, inputs, monkeypatch):
+    products, multiply = [], linear.multiply
+    for module in (linear, fp8_layers):
+        monkeypatch.setattr(module, "multiply", lambda *args: products.append(args) or multiply(*args))
+    model.set_fp8(recipe, skip=(0, 0))
+    counts = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing, selective=True)
+        contrastive_loss(*model(*inputs)).backward()
+        counts.append(len(products))
+        products.clear()
+    assert counts[0] == counts[1]
 
 
 def test_checkpoints_hold_no_8_bits(model, tmp_path):
