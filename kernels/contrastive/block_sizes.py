@@ -38,6 +38,9 @@ MOST_SEGMENTS = 32
 # of their own. If a segment has at most this many tiles, these programs take longer than the segments save (by the
 # model of an H100).
 SHORT_WALK = 4
+# The first loads and the last stores of such a program take as long as this many tiles, by the model of an H100: 0.65
+# for the statistics with 512 dimensions, 0.35 for G with 1,024.
+TILES_AROUND_WALK = 0.5
 
 
 def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
@@ -48,11 +51,11 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
     the least total time. Of equally fast numbers the smallest is taken, since it leaves the fewest sums to add up.
     """
 
-    def rounds(segments: int) -> int:
-        """Return how many tiles of logits one multiprocessor computes if each column has this many segments."""
-        return cdiv(num_n * segments, at_once) * cdiv(num_m, segments)
+    def time(segments: int) -> float:
+        """Return the time of one multiprocessor, in tiles of logits, if each column has this many segments."""
+        return cdiv(num_n * segments, at_once) * (cdiv(num_m, segments) + TILES_AROUND_WALK)
 
-    segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
+    segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=time)
     return segments, cdiv(num_m, segments)
 
 
@@ -129,7 +132,7 @@ def block_edges(
     Args:
         rows, cols, width: sizes of the features.
         itemsize: bytes of an element of G.
-        most_edge: the most rows, and the most columns, that a block may have.
+        most_edge: the most rows that a block may have; a block has at most ``most_edge**2`` logits.
         multiprocessors: the number of multiprocessors of the GPU.
         gradient, products: the configurations of the gradient kernel and of the kernel for the products.
     """
@@ -138,7 +141,7 @@ def block_edges(
     candidates = [
         (block_rows, block_cols)
         for block_rows in _edges(rows, unit, min(most_edge, math.isqrt(limit)), ROW_COUNTS)
-        for block_cols in _edges(cols, unit, min(most_edge, limit // block_rows), COL_COUNTS)
+        for block_cols in _edges(cols, unit, min(most_edge**2, limit) // block_rows, COL_COUNTS)
     ]
 
     def steps(block: tuple[int, int]) -> float:

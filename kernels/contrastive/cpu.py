@@ -26,8 +26,10 @@ from .stats import (
     SoftmaxStats,
     finite,
     is_exact,
+    merge_stacked,
     new_stats,
     pair_products,
+    pair_terms,
     pairs_in,
     shared_shift,
 )
@@ -55,7 +57,7 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
     return like.new_zeros(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
 
 
-def strip_accumulator(x: Tensor, y: Tensor, *, has_y: bool) -> Tensor:
+def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
     """Return a new accumulator for the gradients of a strip's rows x [M, D] against columns y."""
     return new_accumulator(len(x), x)
 
@@ -152,6 +154,22 @@ def add_gradients(
                 tile.copy_(grad)
         block.add_products(acc_x, acc_y)
     return torch.stack(scale_sums) if scale_sums else None
+
+
+def rank_terms(
+    row: tuple[Tensor, Tensor], col: tuple[Tensor, Tensor], positive: Tensor, uses_shared_shift: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a rank sends of its pairs, one_minus_p and the loss, as :func:`.launches.rank_terms` does."""
+    maximum, total = (torch.stack(pair) for pair in zip(row, merge_stacked(*col), strict=True))  # [2, b]
+    terms = pair_terms(maximum, total, positive)
+    flag = uses_shared_shift.to(maximum.dtype).expand(1, len(positive))
+    sent = torch.cat([torch.stack([maximum, terms.inv_denom], 1).flatten(0, 1), flag])  # [5, b]
+    return sent.T, terms.one_minus_p.sum(0), terms.nll.sum() * weight
+
+
+def columns_of_block(x: Tensor, columns: int) -> int:
+    """Return 0: on a CPU, all gradients are computed by :func:`add_gradients`."""
+    return 0
 
 
 def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:

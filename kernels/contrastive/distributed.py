@@ -31,6 +31,7 @@ Methods: the loss over a rank's own rows is that of Cherti et al. 2023 (OpenCLIP
 (Ring Attention), and the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ from .contrastive import contrastive_loss
 from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal, gpus_per_node
 from .modes import MODES, choose_mode
 from .shared import check_pairs, logit_blocks, new_gradient, operand_dtype, scale_gradient, scale_tensor
-from .stats import Normalizers, SoftmaxStats, merge, merge_stacked, new_stats, pair_terms
+from .stats import Normalizers, SoftmaxStats, merge, new_stats
 
 OP = "distributed_contrastive_loss"
 AUTO = "auto"
@@ -66,7 +67,7 @@ class RankStats(NamedTuple):
     """Statistics of this rank's b rows and b columns of the logits, and the features that the backward pass needs."""
 
     row: tuple[Tensor, Tensor]  # maximum and sum, each [b]
-    col: tuple[Tensor, Tensor]
+    col: tuple[Tensor, Tensor]  # maximum and sum in every block of logits that has a part of the columns, [blocks, b]
     positive: Tensor  # [b], logits of the pairs
     uses_shared_shift: Tensor  # [] int8, as in SoftmaxStats
     gathered: tuple[Tensor, ...]  # features of all ranks, [N, D] each, for the backward pass
@@ -83,15 +84,11 @@ class _RankLoss(torch.autograd.Function):
         blocks = logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))
         found = (_stats_from_strips if options.mode == "scalars" else _stats_from_rows)(x, y, logit_scale, options)
-        maximum, total = (torch.stack(pair) for pair in zip(found.row, found.col, strict=True))  # [2, b]
-        terms = pair_terms(maximum, total, found.positive)
-        uses_shared_shift = found.uses_shared_shift.to(x.device, maximum.dtype).expand(1, len(x))
-        mine = torch.cat([maximum.T, terms.inv_denom.T, uses_shared_shift.T], dim=1)  # [b, 5]
+        mine, one_minus_p, loss = blocks.rank_terms(*found[:4], _pair_weight(ranks))
         everyones = ranks.gather(mine).T.contiguous()  # [5, N]
         ctx.options = options
-        one_minus_p = terms.one_minus_p.sum(0)
         ctx.save_for_backward(image, text, logit_scale, everyones, one_minus_p, *found.gathered)
-        return terms.nll.sum() * _pair_weight(ranks)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,12 +116,9 @@ class _RankGradients(torch.autograd.Function):
         grads = gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group)
         largest = grads.abs().amax()
         share = ranks.spread(grads / largest.clamp(min=torch.finfo(one_minus_p.dtype).tiny))  # [N]
-        (row_max, col_max), inv_denoms = everyones[:2], everyones[2:4] * share
-        normalizers = Normalizers(
-            torch.stack([row_max, inv_denoms[0]]),
-            torch.stack([col_max, inv_denoms[1]]),
-            (everyones[4] > 0).all().to(torch.int8),
-        )
+        row, col = vectors = everyones[:4].clone().view(2, 2, -1)
+        vectors[:, 1].mul_(share)
+        normalizers = Normalizers(row, col, (everyones[4] > 0).all().view(torch.int8))
         accumulate = _accumulate_strips if options.mode == "scalars" else _accumulate_rows
         acc_x, result_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)
         coefficient = largest * _pair_weight(ranks)
@@ -172,7 +166,8 @@ def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Optio
     of_images = _statistics(x, all_y, logit_scale, ranks.own.start)
     of_texts = _statistics(y, all_x, logit_scale, ranks.own.start)
     uses_shared_shift = of_images.uses_shared_shift * of_texts.uses_shared_shift
-    return RankStats(of_images.rows, of_texts.rows, of_images.positive, uses_shared_shift, gathered)
+    col = of_texts.row_max[None], of_texts.row_sum[None]
+    return RankStats(of_images.rows, col, of_images.positive, uses_shared_shift, gathered)
 
 
 def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
@@ -201,8 +196,7 @@ def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options
         parts.sort(key=lambda item: item[0])
         col_max, col_sum = (torch.cat(vectors) for vectors in zip(*(part.cols for _, part in parts), strict=True))
     received = ranks.to_owners(torch.stack([col_max, col_sum], dim=1))  # [ranks, b, 2]
-    col = merge_stacked(received[..., 0], received[..., 1])
-    return RankStats(row, col, positive, uses_shared_shift, gathered)
+    return RankStats(row, (received[..., 0], received[..., 1]), positive, uses_shared_shift, gathered)
 
 
 def _accumulate_strips(
@@ -216,7 +210,7 @@ def _accumulate_strips(
     own, blocks = options.ranks.own, logit_blocks(x.device)
     row, col, uses_shared_shift = normalizers
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
-    acc_x, acc_y = (blocks.strip_accumulator(side, all_y, has_y=False) for side in (x, y))
+    acc_x, acc_y = (blocks.strip_accumulator(side, all_y, is_block=False) for side in (x, y))
     of_images = Normalizers(row[:, own], col, uses_shared_shift)
     of_texts = Normalizers(col[:, own], row, uses_shared_shift)
     scale_sum = blocks.add_gradients(x, all_y, logit_scale, of_images, own.start, acc_x, None, is_new_x=True)
@@ -232,27 +226,31 @@ def _accumulate_rows(
     Each rank sends its part of G^T x to the ranks that own the texts, and receives the other parts for its own texts.
     """
     ranks, blocks = options.ranks, logit_blocks(x.device)
-    source: Iterable[tuple[range, Tensor]]
+    columns = blocks.columns_of_block(x, ranks.total)
+    source: Iterable[tuple[list[range], Tensor]]
     reduce: OwnerReduce | RingReduce
     if options.mode == "gather":
-        groups = ranks.groups(4 * x.shape[1])
-        source = ((owners, gathered[0][ranks.of_owners(owners)]) for owners in groups)
+        shared = ranks.blocks(ranks.groups(4 * x.shape[1], columns), columns)
+        source = ((groups, gathered[0][ranks.of_owners([*itertools.chain(*groups)])]) for groups in shared)
         reduce = OwnerReduce(ranks)
     else:
-        source = ((range(owner, owner + 1), block) for owner, block in ranks.ring(y.to(options.dtype)))
+        source = (([range(owner, owner + 1)], block) for owner, block in ranks.ring(y.to(options.dtype)))
         reduce = RingReduce(ranks)
     acc_x: Tensor | None = None
-    scale_sums = []
-    for owners, block in source:
-        cols, block_y = ranks.of_owners(owners), _prepared(block, options)
-        is_first = acc_x is None
-        acc_x = blocks.strip_accumulator(x, block_y, has_y=True) if acc_x is None else acc_x
-        acc = x.new_empty(block.shape, dtype=acc_x.dtype)
-        part, offset = normalizers.part(ranks.own, cols), ranks.own.start - cols.start
-        scale_sums.append(
-            blocks.add_gradients(x, block_y, logit_scale, part, offset, acc_x, acc, is_new_x=is_first, is_new_y=True)
-        )
-        reduce.add(owners, acc)
+    scale_sums: list[Tensor | None] = []
+    for groups, block in source:
+        widths = [sum(ranks.sizes[owner] for owner in owners) for owners in groups]
+        cols, block_y = ranks.of_owners([*itertools.chain(*groups)]), _prepared(block, options)
+        is_block, is_new = 0 < len(block_y) <= columns, acc_x is None
+        acc_x = blocks.strip_accumulator(x, block_y, is_block=is_block) if acc_x is None else acc_x
+        of_block = x, block_y, logit_scale, normalizers.part(ranks.own, cols), ranks.own.start - cols.start
+        if is_block:
+            parts = blocks.add_strip(*of_block, widths, acc_x, scale_sums, is_new=is_new)
+        else:
+            parts = [x.new_empty(block.shape, dtype=acc_x.dtype)]
+            scale_sums.append(blocks.add_gradients(*of_block, acc_x, *parts, is_new_x=is_new, is_new_y=True))
+        for acc_y, owners in zip(parts, groups, strict=True):
+            reduce.add(owners, acc_y)
     assert acc_x is not None
     return acc_x, reduce.result, scale_sums
 

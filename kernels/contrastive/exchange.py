@@ -59,14 +59,34 @@ class Ranks:
         """The number of rows of the contrastive batch."""
         return sum(self.sizes)
 
-    def of_owners(self, owners: range) -> slice:
+    def of_owners(self, owners: Sequence[int]) -> slice:
         """Return the rows of the contrastive batch that neighbouring ranks hold."""
-        return slice(self.slices[owners.start].start, self.slices[owners.stop - 1].stop)
+        return slice(self.slices[owners[0]].start, self.slices[owners[-1]].stop)
 
-    def groups(self, row_bytes: int) -> list[range]:
-        """Return the ranks in groups of neighbours, whose gradients, in rows of ``row_bytes``, are sent together."""
-        count, size = len(self.sizes), group_size(self.sizes, row_bytes)
+    def groups(self, row_bytes: int, columns: int) -> list[range]:
+        """Return the ranks in groups of neighbours, whose gradients, in rows of ``row_bytes``, are sent together.
+
+        A group of several ranks has at most ``columns`` columns, unless that is 0.
+        """
+        count, most = len(self.sizes), max(1, columns // max(1, *self.sizes))
+        size = min(group_size(self.sizes, row_bytes), most if columns else count)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def blocks(self, groups: Sequence[range], columns: int) -> list[list[range]]:
+        """Return neighbouring ``groups`` of ranks that share a block of G, of at most ``columns`` columns.
+
+        Kernels take the columns of a group out of a block by tensor descriptors, which start at multiples of 8 numbers.
+        A group with other columns, or with none, has blocks of its own.
+        """
+        blocks: list[list[range]] = []
+        for owners in groups:
+            shared = [*blocks[-1], owners] if blocks else [owners]
+            widths = [sum(self.sizes[owner] for owner in group) for group in shared]
+            if len(shared) > 1 and sum(widths) <= columns and all(width > 0 and width % 8 == 0 for width in widths):
+                blocks[-1] = shared
+            else:
+                blocks.append([owners])
+        return blocks
 
     def gather(self, rows: Tensor) -> Tensor:
         """Collect the features of each rank, [own, ...], into those of the batch, [N, ...], on every rank."""

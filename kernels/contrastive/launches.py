@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..common import LOG2E, cdiv, slices
-from ..configs import GemmConfig, gemm_config, planned
-from ..launch import Plan, arch_of
-from .block_sizes import edges_of, segments_of_column
+from ..configs import GemmConfig, RowConfig, gemm_config, planned
+from ..launch import Plan, arch_of, launch
+from .block_sizes import edges_of, most_bytes, segments_of_column
 from .kernels import _finish_kernel, _sigmoid_pairs_kernel, _sigmoid_sums_kernel
+from .merge_kernels import _rank_terms_kernel
 from .operands import (
     Layout,
     TilePlan,
@@ -32,17 +33,18 @@ from .operands import (
     totals_plan,
     vector,
 )
-from .products import add_products, scale_of_grad
+from .products import add_products, add_strip, scale_of_grad
 from .softmax_kernels import _pairs_kernel, _stats_kernel
 from .stats import Features, Normalizers, SoftmaxStats, pairs_in
 from .strips import parts_of
 
-__all__ = ["prepare"]  # the losses call ``prepare`` of this module or of ``cpu``
+__all__ = ["add_strip", "prepare"]  # the losses call them as functions of this module
 
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
 MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row: those of a square block
 CHUNK = 16  # the kernel for pairs adds the sums of this many tiles at a time
+TERMS = RowConfig(block_m=64, block_n=32, num_warps=4, num_stages=1)  # a program merges block_n blocks at a time
 
 
 @contextlib.contextmanager
@@ -61,13 +63,13 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
     return like.new_zeros(rows, like.shape[1], dtype=torch.float32)
 
 
-def strip_accumulator(x: Tensor, y: Tensor, *, has_y: bool) -> Tensor:
+def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
     """Return a new accumulator for the gradients of rows x [M, D] against columns y: [M, D], or [parts, M or more, D].
 
-    ``has_y`` says whether the gradients of the columns are computed too.
+    If ``is_block``, all columns y are in one block of G; otherwise in as many as :func:`add_gradients` takes.
     """
-    edges = _block_edges(x, y)
-    parts, height = parts_of(layout_of(x[: edges[0]], y[: edges[1]], 0), len(x), has_y=has_y)
+    edges = (len(x), len(y)) if is_block else _block_edges(x, y)
+    parts, height = parts_of(layout_of(x[: edges[0]], y[: edges[1]], 0), len(x))
     if parts == 0:
         return vector(x, *x.shape)
     return vector(x, parts, height, x.shape[1])
@@ -97,6 +99,32 @@ def pair_losses(
     x, y = (side.rows for side in prepare_both(x, y, dtype, normalize=normalize))
     row, col, _, loss, uses_shared_shift = _pairs(x, y, logit_scale, offset, is_loss=True, both=both)
     return loss, row, col, uses_shared_shift
+
+
+def rank_terms(
+    row: tuple[Tensor, Tensor], col: tuple[Tensor, Tensor], positive: Tensor, uses_shared_shift: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a rank sends of its b pairs [b, 5], one_minus_p [b], and ``weight`` times the sum of the losses [].
+
+    Args:
+        row: maximum and sum of each row of logits, [b] each.
+        col: maximum and sum of each column in every block that has a part of it, [blocks, b] each, in one layout.
+        positive: [b], the logits of the pairs.
+        uses_shared_shift: [] int8.
+        weight: the weight of a pair in the loss.
+    """
+    (blocks, rows), (stride_block, stride_n) = col[0].shape, col[0].stride()
+    programs = cdiv(rows, TERMS.block_m)
+    sent, one_minus_p = vector(positive, rows, 5), vector(positive, rows)
+    losses, loss = vector(positive, programs), vector(positive)
+    launch(
+        _rank_terms_kernel, (programs,), *row, *col, positive, uses_shared_shift, sent, one_minus_p, losses,
+        rows, blocks, stride_block, stride_n,
+        config=TERMS, device=positive.device, BLOCK_M=TERMS.block_m, BLOCK_N=TERMS.block_n,
+    )  # fmt: skip
+    total = totals_plan(positive.device, 1, programs, weight, has_flags=False, has_grad_loss=False)
+    total.start(losses, losses, loss, loss, loss, losses)
+    return sent, one_minus_p, loss
 
 
 def _pairs(
@@ -225,6 +253,14 @@ def add_gradients(
         acc_x, acc_y, is_softmax=True, is_new=(is_new_x, is_new_y),
     )  # fmt: skip
     return scale_sums if x.dtype.itemsize == 2 else None
+
+
+def columns_of_block(x: Tensor, columns: int) -> int:
+    """Return the most columns of a block of G for :func:`.products.add_strip`, which has all rows x, given the number
+    of columns in all; or 0 if there is no such block.
+    """
+    most = min(most_bytes(columns, x.shape[1]) // x.dtype.itemsize, MAX_EDGE**2)
+    return most // len(x) if 0 < len(x) <= MAX_EDGE else 0
 
 
 def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:

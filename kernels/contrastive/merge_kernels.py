@@ -1,7 +1,8 @@
-"""The Triton kernels of InfoNCE and NT-Xent, whose rows have logits in two blocks: the terms of the loss from both.
+"""The Triton kernels of losses whose rows have logits in several blocks: the terms of the loss from all blocks.
 
-The statistics of a block are, for each row, the maximum of its logits and the sum of 2^(logit - maximum), as
-``_pairs_kernel`` stores them without IS_LOSS. As in ``stats.merge``, the maximum of two blocks is the larger one, and
+InfoNCE and NT-Xent have two blocks of logits. In the loss of all ranks, a column has a block on each rank. The
+statistics of a block are, for each row, the maximum of its logits and the sum of 2^(logit - maximum), as
+``_pairs_kernel`` stores them without IS_LOSS. As in ``stats.merge``, the maximum of all blocks is the largest one, and
 the sums are added after they have been scaled to this maximum.
 """
 
@@ -100,3 +101,47 @@ def _views_kernel(
     _, y_inv_denom, _ = _terms(y_max, y_sum, positive)
     _store_terms(row_ptr + 3 * N, x_max, x_inv_denom, one_minus_p, N, offs, mask)
     _store_terms(col_ptr + 3 * N, y_max, y_inv_denom, one_minus_p, N, offs, mask)
+
+
+@triton.jit
+def _rank_terms_kernel(
+    row_max_ptr, row_sum_ptr,  # [N] fp32, of this rank's rows
+    col_max_ptr, col_sum_ptr,  # [blocks, N] fp32, of this rank's columns in each block of logits
+    positive_ptr,  # [N] fp32, the logits of the pairs
+    uses_shared_shift_ptr,  # [] int8
+    out_ptr,  # [N, 5] fp32, contiguous
+    one_minus_p_ptr,  # [N] fp32
+    loss_ptr,  # [programs] fp32
+    N, blocks, stride_block, stride_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store what each rank sends of its BLOCK_M pairs: maximum and inv_denom of the row, the same of the column, and
+    uses_shared_shift. Also store one_minus_p, summed over both directions, and the sum of the losses.
+    """
+    offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs < N
+    positive = tl.load(positive_ptr + offs, mask=mask, other=0.0)
+    row_max = tl.load(row_max_ptr + offs, mask=mask, other=0.0)
+    row_sum = tl.load(row_sum_ptr + offs, mask=mask, other=0.0)
+    col_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    col_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, blocks, BLOCK_N):
+        others = first + tl.arange(0, BLOCK_N)
+        places = others.to(tl.int64)[:, None] * stride_block + offs.to(tl.int64)[None, :] * stride_n
+        held = (others < blocks)[:, None] & mask[None, :]
+        maxima = tl.load(col_max_ptr + places, mask=held, other=float("-inf"))  # [BN, BM]
+        sums = tl.load(col_sum_ptr + places, mask=held, other=0.0)  # [BN, BM]
+        maximum = tl.maximum(col_max, tl.max(maxima, 0), propagate_nan=tl.PropagateNan.ALL)
+        pivot = tl.maximum(maximum, -3.4028234663852886e38)
+        col_sum = col_sum * tl.exp2(col_max - pivot) + tl.sum(sums * tl.exp2(maxima - pivot[None, :]), 0)
+        col_max = maximum
+    row_loss, row_inv, row_one_minus_p = _terms(row_max, row_sum, positive)
+    col_loss, col_inv, col_one_minus_p = _terms(col_max, col_sum, positive)
+    out = out_ptr + offs * 5
+    tl.store(out, row_max, mask=mask)
+    tl.store(out + 1, row_inv, mask=mask)
+    tl.store(out + 2, col_max, mask=mask)
+    tl.store(out + 3, col_inv, mask=mask)
+    tl.store(out + 4, tl.load(uses_shared_shift_ptr).to(tl.float32) + tl.zeros((BLOCK_M,), tl.float32), mask=mask)
+    tl.store(one_minus_p_ptr + offs, row_one_minus_p + col_one_minus_p, mask=mask)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(mask, row_loss + col_loss, 0.0), 0))

@@ -20,9 +20,10 @@ from .exchange import group_size
 MODES = ("gather", "ring", "scalars")
 # FLOP/s of 16-bit products in the kernels of strips: about 0.8 of the 700 TFLOP/s that the power of an H100 allows.
 FLOPS_PER_S = 550e12
-# Seconds by which a block of logits takes longer than its products: its two launches start and end with idle
-# multiprocessors. PER_STEP is this time for a forward step of the ring, which also merges sums.
-PER_BLOCK, PER_STEP = 15e-6, 20e-6
+# Seconds by which the statistics of a block of logits, and its gradients, take longer than their products: by the model
+# of an H100, those of 256 rows and 8,192 columns. Their launches start and end with idle multiprocessors, and the
+# statistics are merged.
+PER_STATS, PER_BLOCK = 30e-6, 20e-6
 MOST_GATHERED = 2**32  # the most bytes of other ranks' features in a mode that "auto" may choose; the ring holds none
 
 
@@ -62,14 +63,15 @@ def mode_seconds(
         return cluster.message_s(ranks, rows * bytes_of_row, messages, is_ring=is_ring)
 
     if mode == "scalars":
-        return (ranks - 1) * sent(2 * row) + 6 * product + 2 * PER_BLOCK
+        return (ranks - 1) * sent(2 * row) + 6 * product + 2 * (PER_STATS + PER_BLOCK)
     to_owners = (ranks - 1) * sent(8)  # the sums of the columns, which "scalars" does not send
     if mode == "ring":
-        forward = product / ranks + PER_STEP
+        forward = product / ranks + PER_STATS
         backward = 3 * product / ranks + PER_BLOCK
         steps = max(forward, sent(row, is_ring=True)) + max(backward, sent(row + grad_row, 2, is_ring=True))
         return (ranks - 1) * steps + forward + backward + sent(grad_row, is_ring=True) + to_owners
     groups = -(-ranks // group_size(sizes, grad_row))
     backward = 3 * product / groups + PER_BLOCK
     wire = (ranks - 1) * sent(grad_row) / groups
-    return (ranks - 1) * sent(row) + to_owners + product + backward + (groups - 1) * max(backward, wire) + wire
+    forward = product + PER_STATS
+    return (ranks - 1) * sent(row) + to_owners + forward + backward + (groups - 1) * max(backward, wire) + wire

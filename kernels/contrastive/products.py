@@ -5,6 +5,7 @@ the gradient with respect to the logits, as ``contrastive`` and ``sigmoid`` defi
 """
 
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from .operands import (
     vector,
 )
 from .softmax_kernels import _grad_tile_kernel
+from .stats import Normalizers
 from .strips import PART_COLS, strip_plan
 
 
@@ -128,6 +130,44 @@ def add_products(
         if acc_x is not None or acc_y is not None:
             products.start(block, rows, cols, described)
     return sums
+
+
+def add_strip(
+    x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int, widths: Sequence[int],
+    acc_x: Tensor, sums: list[Tensor | None], *, is_new: bool,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Add grad_scale * G y to acc_x, where G of a softmax loss is one block; yield the parts of grad_scale * G^T x.
+
+    A part is that of the next ``widths`` columns, which are multiples of 8 if there are several parts. It is yielded as
+    soon as its kernel has been started, so that it can be sent while the next ones are computed, and while G y is,
+    which comes last. If ``is_new``, acc_x has no values yet, and nothing is being sent. Then G is computed in pieces of
+    one part, two, four and so on, so that the first part can be sent early; otherwise in one piece.
+
+    The sums that :func:`add_products` returns are appended to ``sums``, unless G is not rounded.
+    """
+    layout, first, count = layout_of(x, y, 0), 0, 1 if is_new else len(widths)
+    grad, rows = new_rows(x, layout.m, layout.n), _Part(0, x, None, ())
+    stride = grad.stride(0)
+    while first < len(widths):
+        start, own = sum(widths[:first]), widths[first : first + count]
+        cols = slice(start, start + sum(own))
+        of_g = grad_plan(layout_of(x, y[cols], offset - start), stride, True, False)
+        of_programs, piece = vector(x, of_g.programs), grad[:, cols]
+        vectors = (*normalizers.row[:2], *normalizers.col[:2, cols])
+        of_g.start(x, y[cols], piece, logit_scale, normalizers.uses_shared_shift, *vectors, of_programs)
+        sums.append(of_programs if x.dtype.itemsize == 2 else None)
+        for of_part, part in zip(piece.split(own, 1), y[cols].split(own), strict=True):
+            acc_y = vector(x, *part.shape)
+            plan = _products_plan(layout._replace(n=len(part)), stride, False, True, True, True)
+            plan.start(of_part, rows, _Part(0, part, acc_y, ()), tiles)
+            yield acc_y
+        first, count = first + count, 2 * count
+    if acc_x.ndim == 3:
+        parts, height, _ = acc_x.shape
+        strip_plan(layout, stride, parts, height, 0, is_new).start(grad, y, acc_x, tiles)
+    else:
+        plan = _products_plan(layout, stride, True, False, is_new, is_new)
+        plan.start(grad, rows._replace(acc=acc_x), _Part(0, y, None, ()), tiles)
 
 
 def _add_block(

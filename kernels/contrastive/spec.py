@@ -151,7 +151,8 @@ SPECS = (
     loss_spec(
         op=contrastive_loss, reference=reference.contrastive_loss, make=functools.partial(make, ("image", "text")), cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
-        suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK, "_strip_products_kernel"),
+        suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK, "_strip_products_kernel",
+                 "_rank_terms_kernel"),
         # In the forward pass, one product gives both log-sum-exps. The backward pass recomputes it, and computes one more
         # product for each of the two gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D): it may be faster than this
         # floor if the matrix fits into memory.
@@ -163,7 +164,7 @@ SPECS = (
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
         # 1001 and 9001 stand for a last batch of any size, whose rows are not aligned. fp16 is here because only it scales
         # G, the gradient with respect to the logits.
-        # From 8192 on, G is more than one block. The tiles of its products are turned for 640 columns.
+        # From 8192 on, G is more than one block. Tiles of its products that are wider than high are turned for 640 columns.
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
             Shipped("N1024 D512 normalised", LossShape(1024, 512, 10.0, normalize=True)),

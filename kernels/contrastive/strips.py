@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common import cdiv
 from ..configs import planned
 from ..launch import Plan
-from .block_sizes import STEPS_AROUND_LOOP, STEPS_OF_LAUNCH, makespan, products_config
+from .block_sizes import STEPS_AROUND_LOOP, products_config
 from .operands import Describe, Layout, Tile, has_tma, processors, tile_of
 from .strip_kernels import _strip_products_kernel
 
@@ -26,32 +26,26 @@ STEPS_OF_SUM = 7
 
 
 @planned
-def parts_of(layout: Layout, rows: int, *, has_y: bool) -> tuple[int, int]:
+def parts_of(layout: Layout, rows: int) -> tuple[int, int]:
     """Return the number of parts into which the columns of a strip are cut, and the rows of a part's accumulator.
 
-    The number is 0 if the kernel without parts takes no longer. With ``has_y``, G^T x is computed too, and the kernel
-    without parts computes both products in one launch. ``layout`` is that of one block of the strip, which has ``rows``
-    rows in all.
+    The number is 0 if the kernel without parts takes no longer. ``layout`` is that of one block of the strip, which has
+    ``rows`` rows in all.
     """
     device, dtype, m, n, d, *_ = layout
     cfg = products_config(device, dtype, d)
-    at_once, num_d = processors(device), cdiv(d, cfg.block_n)
-    of_x, of_y = cdiv(m, cfg.block_m) * num_d, cdiv(n, cfg.block_m) * num_d * has_y
-    steps_x, steps_y = cdiv(n, cfg.block_k), cdiv(m, cfg.block_k) + STEPS_AROUND_LOOP
+    at_once, tiles = processors(device), cdiv(m, cfg.block_m) * cdiv(d, cfg.block_n)
+    length = cdiv(n, cfg.block_k)
     height = cdiv(rows, cfg.block_m) * cfg.block_m  # a tile must not reach into the rows of the next part
     if m * n * d == 0:
         return 0, height
-    (short, num_short), (long, num_long) = sorted(((steps_x + STEPS_AROUND_LOOP, of_x), (steps_y, of_y)))
-    apart = cdiv(of_y, at_once) * steps_y + STEPS_OF_LAUNCH * has_y
 
     def steps(parts: int) -> float:
         """Return the estimated time of the products of a strip with this number of parts, in steps of a loop."""
-        if parts == 0:
-            return makespan(long, num_long, short, num_short, at_once)
-        rounds = cdiv(of_x * parts, at_once) * (cdiv(steps_x, parts) + STEPS_AROUND_LOOP)
-        return apart + rounds + STEPS_OF_SUM * of_x * parts / at_once
+        rounds = cdiv(tiles * max(1, parts), at_once) * (cdiv(length, max(1, parts)) + STEPS_AROUND_LOOP)
+        return rounds + STEPS_OF_SUM * tiles * parts / at_once
 
-    most = min(steps_x, MOST_BYTES // (4 * height * d), cdiv(2 * at_once, of_x))
+    most = min(length, MOST_BYTES // (4 * height * d), cdiv(4 * at_once, tiles))
     return min(range(most + 1), key=steps), height
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from clipfast.kernels import launch
 from clipfast.kernels.contrastive import launches, strips
+from clipfast.kernels.contrastive.exchange import Ranks
 from clipfast.kernels.contrastive.modes import MODES, choose_mode, mode_seconds
 from clipfast.kernels.contrastive.spec import small_tiles
 from clipfast.kernels.contrastive.stats import Normalizers
@@ -42,6 +43,41 @@ def test_parts_add_up(rows, cols, arch, dtype, monkeypatch, interpreted):
     assert (gradients(x, y, twice)[0] - 2 * expected[0]).norm() <= 1e-6 * expected[0].norm()
 
 
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.float16)], ids=str)
+@pytest.mark.parametrize("new", [(37, 40), (3, 48, 40)], ids=["one accumulator", "three"])
+def test_groups_of_columns_share_a_block(new, arch, dtype, monkeypatch, interpreted):
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+    widths = [24, 40, 8, 16, 48]
+    x, y = (F.normalize(torch.randn(count, 40), dim=-1).to(dtype) for count in (37, sum(widths)))
+    row, col = (0.01 * torch.rand(2, len(side)) for side in (x, y))
+    of_block = x, y, torch.tensor(3.0), Normalizers(row, col, torch.ones((), dtype=torch.int8)), 5
+    acc_x, acc_y, of_scale = torch.zeros(37, 40), torch.zeros(y.shape), []
+    with small_tiles(dtype):
+        expected = launches.add_gradients(*of_block, acc_x, acc_y)
+        acc = torch.full(new, torch.nan)
+        for is_new in (True, False):  # the second pass adds to what the first one has written
+            parts = [*launches.add_strip(*of_block, widths, acc, of_scale, is_new=is_new)]
+            assert [len(part) for part in parts] == widths
+            assert (torch.cat(parts) - acc_y).norm() <= 1e-6 * acc_y.norm()
+    total = acc.sum(0)[:37] if acc.ndim == 3 else acc
+    assert (total - 2 * acc_x).norm() <= 1e-6 * acc_x.norm()
+    if expected is None:
+        assert of_scale == [None] * len(of_scale)
+    else:
+        assert (torch.cat(of_scale).sum() - 2 * expected.sum()).abs() <= 1e-5 * expected.abs().sum()
+
+
+@pytest.mark.parametrize("sizes", [[1024] * 32, [0, 8, 7, 16, 24, 8, 0, 8], [9]], ids=str)
+def test_groups_of_a_block(sizes):
+    ranks = Ranks(None, 0, tuple(sizes))
+    groups = ranks.groups(4 * 512, 32768)
+    for columns in (0, 24, 32768):
+        blocks = ranks.blocks(groups, columns)
+        assert [*itertools.chain(*blocks)] == groups
+        assert all(len(block) == 1 or sum(sizes[i] for i in itertools.chain(*block)) <= columns for block in blocks)
+    assert len(blocks) == 1 or min(sizes) == 0
+
+
 @pytest.mark.parametrize(("rows", "cols"), [(0, 37), (37, 0)])
 def test_new_accumulators_are_zero_without_logits(rows, cols, interpreted):
     # A rank of the distributed loss may have no pairs. Other ranks add the accumulators that it sends.
@@ -54,10 +90,10 @@ def test_a_strip_fills_the_gpu():
     # The products of 256 rows have only four tiles, so the columns are divided into parts for 132 multiprocessors.
     layout = functools.partial(launches.Layout, torch.device("cpu"), torch.bfloat16, d=512, offset=0, stride_x=512)
     with launch.record_launches(90, 132):
-        parts, height = strips.parts_of(layout(m=256, n=8192, stride_y=512), 256, has_y=False)
+        parts, height = strips.parts_of(layout(m=256, n=8192, stride_y=512), 256)
         assert height == 256
         assert 4 * parts > 0.75 * 132
-        assert strips.parts_of(layout(m=16384, n=16384, stride_y=512), 16384, has_y=True)[0] == 0
+        assert strips.parts_of(layout(m=16384, n=4096, stride_y=512), 16384)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ DOCUMENTED = {
 
 def test_a_step_is_planned_in_the_mode_of_its_nodes():
     problem = Problem(8192, 8, torch.bfloat16, 512)
-    for gpus_per_node, mode in ((8, "gather"), (4, "scalars")):
+    for gpus_per_node, mode in ((8, "gather"), (2, "scalars")):
         plan = plan_of(Setup("ViT-B-32", 8), dataclasses.replace(H100, gpus_per_node=gpus_per_node))
         assert len(plan._loss(Batch(1024, 1024)).events) == len(run_loss(problem, mode, H100.card).events)
 
@@ -151,8 +151,9 @@ def test_loss_takes_what_its_docs_say(mode):
         assert found["FLOPs"] == flops * b * 4 * b * width
         assert found["sent forward"] == forward + 4 * 3 * b * (5 if mode == "scalars" else 7)
         assert found["sent backward"] == backward + 2 * 3 * 4
-    # The last dtype of the loop is float32, so no features are widened. Vectors and blocks add at most 5% to the peak.
-    assert held <= ledger.peak["loss"] <= 1.05 * held
+    # The last dtype of the loop is float32, so no features are widened. The peak also has vectors, at most 1% of it,
+    # and the gradient of a block of logits, which has at most all columns.
+    assert held <= ledger.peak["loss"] <= 1.01 * held + 4 * b * 4 * b
 
 
 def test_open_clip():
