@@ -3,18 +3,22 @@
 Products are taken in float32 or more. Dropped patches are not gathered, so that memory stays as small as on a GPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
+from .fold import operands
 
 
 def forward(
-    images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
-    keep: Tensor | None,
+    images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the tokens [B, T, E] of images. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
+    """Return the tokens [B, T, E] of images, in ``dtype``."""
+    weight, bias = operands(images, weight, mean, std, dtype)
     dtype = accumulate_dtype(weight.dtype)
     patches = _patches(images, weight.shape[-1], dtype, keep)
     pos = positional_embedding.to(dtype)

@@ -15,6 +15,17 @@ def fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[T
     return _scale_channels(work, _gains(std)), _scale_channels(work, _shifts(mean, std)).flatten(1).sum(1)
 
 
+def operands(
+    images: Tensor, weight: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the weight that multiplies patches in ``dtype``, and the bias; for bytes, both have the normalisation."""
+    if images.dtype == torch.uint8:
+        weight, bias = fold(weight, mean, std)
+    else:
+        bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
+    return weight.to(dtype), bias
+
+
 def unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return the gradient of a projection W from those of W' and b', into which the normalisation is folded."""
     shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))

@@ -25,8 +25,8 @@ Method: the patch projection of Dosovitskiy et al. 2021 as an implicit or explic
 al. 2023).
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,13 +39,8 @@ from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from ..reference import CLIP_MEAN, CLIP_STD
 from . import cpu, launches, matrix
-from .fold import channel_values, factors_of, fold, unfold_grad
+from .fold import channel_values, factors_of, unfold_grad
 from .launches import num_patches_of
-
-
-def _implementation(device: torch.device) -> ModuleType:
-    """Return the module that computes the patch embedding: the Triton launches where Triton runs, else the CPU path."""
-    return launches if triton_runs_on(device) else cpu
 
 
 def _check_indices(keep: Tensor | None, num_patches: int) -> None:
@@ -67,29 +62,36 @@ def _check_indices(keep: Tensor | None, num_patches: int) -> None:
         raise ValueError(f"patch_embed: keep must hold each patch of an image once, got {keep[twice][0].tolist()}")
 
 
+def _plan_forward(*args: Any) -> Callable[..., Tensor]:
+    """Return the function that embeds images in tensors with the memory layout of the arguments."""
+    images, weight, _, positional_embedding, _, mean, std, dtype = args
+    run: Callable[..., Tensor] = cpu.forward
+    if triton_runs_on(images.device):
+        run = (matrix if matrix.is_laid_out(images, dtype, len(weight)) else launches).forward(*args)
+    num_patches = len(positional_embedding) - 1
+
+    def compute(
+        images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
+        *_: Any,
+    ) -> Tensor:  # fmt: skip
+        """Embed images, for tensors of the planned layout."""
+        _check_indices(keep, num_patches)
+        return run(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype)
+
+    return compute
+
+
 @registered("patch_embed_fwd")
 def _patch_embed_fwd(
     images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
     mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Return the tokens in ``dtype``, to which the weight is rounded once, after the normalisation was folded in."""
-    _check_indices(keep, len(positional_embedding) - 1)
-    if triton_runs_on(images.device) and matrix.is_laid_out(images, dtype, len(weight)):
-        factors = factors_of(images, mean, std)
-        return matrix.forward(images, weight, factors, class_embedding, positional_embedding, keep, dtype)
-    if images.dtype == torch.uint8:
-        weight, bias = fold(weight, mean, std)
-    else:
-        bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
-    forward = _implementation(images.device).forward
-    return forward(images, weight.to(dtype), bias, class_embedding, positional_embedding, keep)
+    args = images, weight, class_embedding, positional_embedding, keep, mean, std, dtype
+    return _plan_forward(*args)(*args)
 
 
-@_patch_embed_fwd.planned_by
-def _(*args: Any) -> Callable[..., Tensor]:
-    """Return the implementation, which decides anew in each call, since a model embeds images only once per step."""
-    dtype = args[-1]
-    return lambda *args: _patch_embed_fwd.run(*args[:-1], dtype)
+_patch_embed_fwd.planned_by(_plan_forward)
 
 
 @_patch_embed_fwd.register_fake
@@ -101,21 +103,46 @@ def _(
     return weight.new_empty(images.shape[0], tokens, weight.shape[0], dtype=dtype)
 
 
+def _plan_backward(
+    grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the gradients of the patch embedding's parameters, for tensors with the memory
+    layout of the arguments.
+    """
+    num_patches, is_uint8 = num_patches_of(images, weight.shape[-1]), images.dtype == torch.uint8
+    on_gpu = triton_runs_on(images.device)
+    is_laid_out = on_gpu and matrix.is_laid_out(images, grad.dtype, len(weight))
+    of_weight: Callable[..., Tensor] = cpu.backward_weight
+    if is_laid_out:
+        of_weight = matrix.backward_weight(grad, images, weight, factors_of(images, mean, std), keep)
+    elif on_gpu:
+        of_weight = launches.backward_weight(grad, images, weight, keep)
+    of_positions: Callable[..., Tensor] = functools.partial(cpu.backward_positions, num_patches=num_patches)
+    if on_gpu:
+        of_positions = launches.backward_positions(grad, keep, num_patches)
+
+    def compute(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of the patch embedding's parameters, for tensors of the planned layout."""
+        grad_pos = of_positions(grad, keep)
+        if is_laid_out:
+            bias_grad = grad_pos[1:].sum(0) if is_uint8 else grad_pos[0]
+            return of_weight(grad, images, weight, keep, bias_grad), grad_pos
+        grad_weight = of_weight(grad, images, weight, keep)
+        return unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std) if is_uint8 else grad_weight, grad_pos
+
+    return compute
+
+
 @registered("patch_embed_bwd")
 def _patch_embed_bwd(
     grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of weight and positions in the accumulation dtype. Operands have the dtype of ``grad``."""
-    implementation = _implementation(images.device)
-    grad_pos = implementation.backward_positions(grad, keep, num_patches_of(images, weight.shape[-1]))
-    if triton_runs_on(images.device) and matrix.is_laid_out(images, grad.dtype, len(weight)):
-        bias_grad = grad_pos[1:].sum(0) if images.dtype == torch.uint8 else grad_pos[0]
-        factors = factors_of(images, mean, std)
-        return matrix.backward_weight(grad, images, weight, factors, bias_grad, keep), grad_pos
-    grad_weight = implementation.backward_weight(grad, images, weight, keep)
-    if images.dtype == torch.uint8:
-        grad_weight = unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)
-    return grad_weight, grad_pos
+    args = grad, images, weight, keep, mean, std
+    return _plan_backward(*args)(*args)
+
+
+_patch_embed_bwd.planned_by(_plan_backward)
 
 
 @_patch_embed_bwd.register_fake
@@ -130,7 +157,8 @@ def _(
 @registered("patch_embed_bwd_images")
 def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
     """Return the gradient of floating images in the patch embedding. This is the registered op."""
-    return _implementation(images.device).backward_images(grad, images, weight.to(grad.dtype), keep)
+    path = launches if triton_runs_on(images.device) else cpu
+    return path.backward_images(grad, images, weight.to(grad.dtype), keep)
 
 
 @_patch_embed_bwd_images.register_fake
@@ -151,7 +179,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_images = _patch_embed_bwd_images(grad, images, weight, keep) if ctx.needs_input_grad[0] else None
     if not any(ctx.needs_input_grad[1:4]):
         return grad_images, None, None, None, None, None, None, None
-    grad_weight, grad_pos = _patch_embed_bwd(grad, images, weight, keep, ctx.mean, ctx.std)
+    given, options = (grad, images, weight) if keep is None else (grad, images, weight, keep), (*ctx.mean, *ctx.std)
+    bwd, args = _patch_embed_bwd, (grad, images, weight, keep, ctx.mean, ctx.std)
+    grad_weight, grad_pos = (bwd.find(options, given) or bwd.learn(options, given, args))(*args)
     # This must be a copy: autograd adds to the gradients that it is given, so two of them must not share memory.
     grad_class = grad_pos[0].to(ctx.class_dtype, copy=True)
     return grad_images, grad_weight.to(weight.dtype), grad_class, grad_pos.to(ctx.pos_dtype), None, None, None, None
@@ -201,11 +231,11 @@ def patch_embed(
     """
     op = "patch_embed"
     tensors = images, weight, class_embedding, positional_embedding
-    options = mean, std, backend
-    if keep is None and mean.__class__ is std.__class__ is tuple:
-        compute = _patch_embed_fwd.find(options, tensors)
+    given, options = tensors if keep is None else (*tensors, keep), (mean, std, backend)
+    if mean.__class__ is std.__class__ is tuple:
+        compute = _patch_embed_fwd.find(options, given)
         if compute is not None:
-            return compute(*tensors, None, list(map(float, mean)), list(map(float, std)), None)
+            return compute(*tensors, keep, list(map(float, mean)), list(map(float, std)), None)
     check_tensor(op, "images", images, 4, also=(torch.uint8,))
     check_tensor(op, "weight", weight, 4)
     check_tensor(op, "class_embedding", class_embedding, 1)
@@ -222,7 +252,7 @@ def patch_embed(
         )
     check_float(op, weight=weight)
     args = *tensors, keep, mean, std, dtype
-    return (_patch_embed_fwd if keep is not None else _patch_embed_fwd.learn(options, tensors, args))(*args)
+    return _patch_embed_fwd.learn(options, given, args)(*args)
 
 
 def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor) -> None:

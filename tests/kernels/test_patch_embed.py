@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipfast.bench.inspection import offline
-from clipfast.kernels import launch, patch_embed, reference
+from clipfast.kernels import configs, launch, patch_embed, reference
 from clipfast.kernels.patch_embed import cpu, launches, matrix
 from clipfast.kernels.patch_embed.spec import SPECS, PatchShape
 from clipfast.kernels.spec import EXPANDED, Case
@@ -39,6 +39,7 @@ def test_reference_copies_nothing_from_the_host():
 def test_splits_add_up(keep, triton_device, monkeypatch):
     # 3 images have 36 or 29 patches each. The patches are divided into several splits, of which the last is shorter.
     monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
+    configs.forget_plans()
     compare(*call_at("patch_embed", PatchShape(3, 48, 48, 8, 24, keep=keep), triton_device))
 
 
@@ -55,6 +56,7 @@ def test_patches_that_are_laid_out(layout, interpreted, monkeypatch):
 
 def test_tiles_of_an_h100(interpreted, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", 90)
+    configs.forget_plans()
     compare(*call_at("patch_embed", PatchShape(2, 28, 28, 14, 40), interpreted, torch.float16))
 
 
@@ -70,7 +72,8 @@ class TestSanitized:
         gains, shifts = [0.5, 1.0, 2.0], [0.1, 0.2, 0.3]
         (grad,), bias_grad = call.grads, torch.randn(len(weight))
         with SPEC.small_tiles(torch.bfloat16):
-            found = matrix.backward_weight(grad, images, weight, (gains, shifts), bias_grad, keep)
+            compute = matrix.backward_weight(grad, images, weight, (gains, shifts), keep)
+            found = compute(grad, images, weight, keep, bias_grad)
         of_folded = cpu.backward_weight(grad, images, weight, keep).float()
         per_channel = [torch.tensor(numbers)[:, None, None] for numbers in (gains, shifts)]
         expected = of_folded * per_channel[0] + bias_grad[:, None, None, None] * per_channel[1]
@@ -111,18 +114,19 @@ def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, triton_device):
     (images, weight, class_embedding, pos, keep), (grad,) = call.inputs.values(), call.grads
     others = [0, 1, 2, 4, 5]
     tokens = [0, *(i + 1 for i in others)]
-    bias = torch.zeros(40, device=triton_device)
 
     def gradients(grad, keep):
         """Return the gradients of the patch embedding for tokens whose patch index is wrong."""
-        of_weight, of_images = launches.backward_weight, launches.backward_images
-        others = [backward(grad, images, weight, keep) for backward in (of_weight, of_images)]
-        return [*others, launches.backward_positions(grad, keep, 15)]
+        args = grad, images, weight, keep
+        others = [launches.backward_weight(*args)(*args), launches.backward_images(*args)]
+        return [*others, launches.backward_positions(grad, keep, 15)(grad, keep)]
 
-    right = launches.forward(images, weight, bias, class_embedding, pos, keep)
+    inputs = images, weight, class_embedding, pos, keep
+    forward = launches.forward(*inputs, (), (), torch.float32)
+    right = forward(*inputs)
     expected = gradients(grad[:, tokens], keep[:, others])
     keep[:, 3] = wrong
-    out = launches.forward(images, weight, bias, class_embedding, pos, keep)
+    out = forward(*inputs)
     assert out.isnan().any(2).tolist() == [[token == 4 for token in range(7)]] * 2
     assert torch.equal(out[:, tokens], right[:, tokens])
     torch.testing.assert_close(gradients(grad, keep), expected, rtol=1e-5, atol=1e-5)
