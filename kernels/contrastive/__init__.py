@@ -1,8 +1,8 @@
 """The contrastive losses: logits are computed in blocks, and the whole matrix of logits is never in memory.
 
-``contrastive``, ``sigmoid`` and ``nce`` hold the losses: equations, public functions, registration. ``distributed`` has
-the loss of a batch that is spread over processes, and ``exchange`` the messages of these processes. All losses use
-``shared`` (checks of arguments, gradients) and ``stats`` (pairs, vectors of maxima and sums).
+``contrastive``, ``sigmoid``, ``nce`` and ``nt_xent`` hold the losses: equations, public functions, registration.
+``distributed`` has the loss of a batch that is spread over processes, and ``exchange`` the messages of these processes.
+All losses use ``shared`` (checks of arguments, gradients) and ``stats`` (pairs, vectors of maxima and sums).
 
 ``launches`` computes statistics and gradients in blocks, whose sizes ``block_sizes`` chooses. Its kernels are in
 ``softmax_kernels`` (contrastive, InfoNCE, NT-Xent) and ``kernels`` (sigmoid, and what all losses share); ``tiles`` has
@@ -19,7 +19,8 @@ estimate of the time. ``spec`` and ``cases`` list the calls that are checked, co
 
 from .contrastive import contrastive_loss
 from .distributed import distributed_contrastive_loss
-from .nce import info_nce_loss, nt_xent_loss
+from .nce import info_nce_loss
+from .nt_xent import nt_xent_loss
 from .sigmoid import sigmoid_loss
 
 __all__ = ["contrastive_loss", "distributed_contrastive_loss", "info_nce_loss", "nt_xent_loss", "sigmoid_loss"]

@@ -17,7 +17,7 @@ from clipfast.kernels import activation, configs
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import op as attention_op
 from clipfast.kernels.attention_pool import cpu as pool_cpu
-from clipfast.kernels.contrastive import contrastive, nce, sigmoid, small_batch
+from clipfast.kernels.contrastive import contrastive, nce, nt_xent, sigmoid, small_batch
 from clipfast.kernels.contrastive import cpu as loss_cpu
 from clipfast.kernels.layer_norm import cpu as norm_cpu
 from clipfast.kernels.layer_norm import launches as norm_launches
@@ -84,8 +84,8 @@ ON_CPU = {
     ("sigmoid_loss", "d_image"): (sigmoid._sigmoid_bwd, "run", 0),
     ("info_nce_loss", "value"): (nce._info_nce_fwd, "run", 0),
     ("info_nce_loss", "d_negatives"): (nce._info_nce_bwd, "run", 2),
-    ("nt_xent_loss", "value"): (nce._nt_xent_fwd, "run", 0),
-    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "run", 2),
+    ("nt_xent_loss", "value"): (nt_xent._nt_xent_fwd, "run", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nt_xent._nt_xent_bwd, "run", 2),
     ("attention", "value"): (attention_cpu, "forward_packed", 0),
     ("attention", "d_qkv"): (attention_cpu, "backward_packed", 0),
     ("patch_embed", "value"): (patch_cpu, "forward", None),
@@ -101,7 +101,7 @@ ON_CPU = {
 # Like ``ON_CPU``, but for the interpreted kernels.
 INTERPRETED = {
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "planner", 0),
-    ("nt_xent_loss", "d_logit_scale"): (nce._nt_xent_bwd, "planner", 2),
+    ("nt_xent_loss", "d_logit_scale"): (nt_xent._nt_xent_bwd, "planner", 2),
     ("attention", "d_qkv"): (attention_op._attention_bwd, "planner", 0),
     ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
