@@ -38,7 +38,7 @@ from ..kernels.dtypes import autocast_dtype
 from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
 from ..kernels.launch import INTERPRET, triton_runs_on
 from ..kernels.packing import Packing
-from .block_parts import QUICK
+from .block_parts import QUICK, Options, Parameters, cast_blocks
 from .layers import (
     HOOKS,
     MLP,
@@ -54,15 +54,7 @@ from .layers import (
 )  # fmt: skip
 from .packed_text import PackedText
 from .recomputation import is_watched, recomputed
-from .whole_block import (
-    Memory,
-    Options,
-    Parameters,
-    block_plans,
-    block_without_gradients,
-    cast_blocks,
-    whole_block,
-)
+from .whole_block import Memory, block_plans, block_without_gradients, whole_block
 from .whole_last_block import last_row
 
 

@@ -21,7 +21,7 @@ gradient of a weight is computed after that of the op before its layer.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,56 +48,7 @@ from ..kernels.implementations import (
 )
 from ..kernels.launch import triton_runs_on
 from . import fp8_layers
-from .block_parts import QUICK, gelu_grad, gelu_of, in_dtypes, linear_grads, weight_grad
-
-
-class Options(NamedTuple):
-    """The settings of a transformer block.
-
-    Attributes:
-        heads, causal, scale: of the attention.
-        eps_1, eps_2: of the norms.
-        gelu: "none" or "tanh", the approximation of GELU, or "quick" for QuickGELU.
-        adds_bias: whether the activation's kernel adds b_fc; otherwise the linear layer before it does.
-        dtype: the dtype of products, to which autocast casts their operands.
-        dtypes: those of the block's :class:`Parameters`.
-        hidden: the width of the MLP.
-        fp8: the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits, else None.
-    """
-
-    heads: int
-    causal: bool
-    scale: float
-    eps_1: float
-    eps_2: float
-    gelu: str
-    adds_bias: bool
-    dtype: torch.dtype
-    dtypes: "Parameters"
-    hidden: int
-    fp8: str | None
-
-    @property
-    def recomputes_inputs(self) -> bool:
-        """Whether the block keeps no inputs of linear layers, since its backward pass computes them again."""
-        return self.fp8 == fp8_layers.SWITCHBACK
-
-
-class Parameters(NamedTuple):
-    """The weights and biases of a block. Autocast casts those of linear layers, but not b_fc if a kernel adds it."""
-
-    norm_1: Tensor
-    norm_1_bias: Tensor
-    norm_2: Tensor
-    norm_2_bias: Tensor
-    w_in: Tensor
-    b_in: Tensor
-    w_out: Tensor
-    b_out: Tensor
-    w_proj: Tensor
-    b_proj: Tensor
-    w_fc: Tensor
-    b_fc: Tensor
+from .block_parts import QUICK, Options, Parameters, gelu_grad, gelu_of, in_dtypes, linear_grads, weight_grad
 
 
 def whole_block(
@@ -169,52 +120,6 @@ class Memory(NamedTuple):
     attention: tuple[Tensor, Tensor]
     norm_2: tuple[Tensor, Tensor, Tensor, Tensor]
     activation: Tensor
-
-
-def cast_blocks(
-    blocks: Collection[tuple[Parameters, Options]], memory: dict[int, Sequence[Tensor]] | None = None
-) -> list[Parameters]:
-    """Return the parameters of several blocks as autocast would cast them, in one launch, for :func:`whole_block`.
-
-    Of blocks in 8 bits, the weights are quantised, and biases stay as they are.
-
-    Args:
-        blocks: the parameters and the options of each block.
-        memory: the tensors that an earlier block was cast to, by the id of its options. A block with the same options
-            is cast to the same tensors, since nothing but a backward pass reads the casts of a block again. None for
-            new tensors.
-    """
-    found: list[Parameters] = []
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-        for parameters, options in blocks:
-            end = 11 if options.adds_bias else 12
-            linear: Any = parameters[4:end]
-            if options.fp8 is not None:
-                values: list[Any] = list(parameters)
-                values[4::2] = fp8_layers.quantized(parameters[4::2])
-                parameters = Parameters(*values)
-            elif {*options.dtypes[4:end]} != {options.dtype}:
-                cast = None if memory is None else memory.get(id(options))
-                if cast is None:
-                    cast = _new_like(linear, options.dtype)
-                    if memory is not None:
-                        memory[id(options)] = cast
-                targets += cast
-                sources += linear
-                parameters = Parameters(*parameters[:4], *cast, *parameters[end:])
-            found.append(parameters)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-    return found
-
-
-def _new_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Return uninitialised tensors for a transformer block's parameters in ``dtype``, in one piece of memory."""
-    memory = torch.empty(sum([x.numel() for x in tensors]), dtype=dtype, device=tensors[0].device)
-    new: Sequence[Tensor] = torch._C._nn.unflatten_dense_tensors(memory, list(tensors))
-    return new
 
 
 class Function(NamedTuple):

@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.implementations import Plans, attention_pool_bwd, attention_pool_fwd, compute, layer_norm_bwd
-from .block_parts import in_dtypes, linear_grads
+from .block_parts import Options, Parameters, in_dtypes, linear_grads
 from .packed_text import PackedText
 from .whole_block import (
     Function,
-    Options,
-    Parameters,
     applied,
     first_norm,
     mlp_half,
