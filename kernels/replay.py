@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import new_tensors
-from .launch import Compiled, Plan, noted_starts
+from .compiled import Compiled
+from .launch import Plan, noted_starts
 
 ALIGNMENT = 128  # the parts of a workspace start at multiples of this many bytes, a line of a GPU's cache
 MOST_BYTES = 2**26  # with a larger workspace, the kernels of a pass take a GPU longer than the host

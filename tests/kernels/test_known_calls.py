@@ -22,7 +22,8 @@ from clipfast.kernels import (
     top_k,
 )
 from clipfast.kernels.attention import calls
-from clipfast.kernels.launch import Compiled, Start, record_launches
+from clipfast.kernels.compiled import Compiled
+from clipfast.kernels.launch import Start, record_launches
 from clipfast.verify.ops import lay_out
 
 from .conftest import CALLS, Recorded, call_of, each_call, each_gradient, leaves_of, tuple_of

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels import configs, contrastive_loss, info_nce_loss, launch, nt_xent_loss, sigmoid_loss
-from clipfast.kernels.launch import Compiled, Plan
+from clipfast.kernels.compiled import Compiled
+from clipfast.kernels.launch import Plan
 
 LOSSES = {
     "contrastive": lambda x, y, z, scale: contrastive_loss(x, y, scale),
