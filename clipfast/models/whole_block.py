@@ -193,10 +193,11 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients of a transformer block's stream, branch and parameters."""
+        saved = ctx.saved_tensors  # This may compute checkpointed modules again, which autograd has to see.
         if torch.is_grad_enabled():
-            return _only_once(ctx, *grads, *ctx.saved_tensors)
+            return _only_once(ctx, *grads, *saved)
         with torch._C._ExcludeDispatchKeyGuard(NOT_INSIDE):
-            return None, None, None, None, None, None, *ctx.function(ctx, *grads, *ctx.saved_tensors)
+            return None, None, None, None, None, None, *ctx.function(ctx, *grads, *saved)
 
 
 class _OnlyOnce(torch.autograd.Function):

@@ -248,6 +248,13 @@ def test_an_input_that_is_changed_before_the_backward_pass_is_refused():
         out.backward()
 
 
+def test_frozen_blocks_behind_a_trained_input_are_recomputed():
+    tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False).requires_grad_(False), torch.randn(2, TOKENS, WIDTH)
+    (expected,) = torch.autograd.grad(tower(x.requires_grad_()).square().sum(), x)
+    tower.grad_checkpointing = True
+    assert torch.equal(torch.autograd.grad(tower(x).square().sum(), x)[0], expected)
+
+
 @pytest.mark.parametrize("watched", ["forward", "backward"])
 def test_a_profiler_may_watch_one_pass_of_a_recomputed_tower(watched):
     tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
