@@ -231,9 +231,9 @@ def patch_embed(
     """
     op = "patch_embed"
     tensors = images, weight, class_embedding, positional_embedding
-    given, options = tensors if keep is None else (*tensors, keep), (mean, std, backend)
+    given = tensors if keep is None else (*tensors, keep)
     if mean.__class__ is std.__class__ is tuple:
-        compute = _patch_embed_fwd.find(options, given)
+        compute = _patch_embed_fwd.find((mean, std, backend), given)
         if compute is not None:
             return compute(*tensors, keep, list(map(float, mean)), list(map(float, std)), None)
     check_tensor(op, "images", images, 4, also=(torch.uint8,))
@@ -252,7 +252,8 @@ def patch_embed(
         )
     check_float(op, weight=weight)
     args = *tensors, keep, mean, std, dtype
-    return _patch_embed_fwd.learn(options, given, args)(*args)
+    # The call is kept by numbers, since tensors that mean and std came in may change.
+    return _patch_embed_fwd.learn((tuple(mean), tuple(std), backend), given, args)(*args)
 
 
 def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor) -> None:

@@ -2,6 +2,7 @@
 computes, and wrong arguments are refused.
 """
 
+import functools
 import gc
 import weakref
 from types import SimpleNamespace
@@ -203,6 +204,16 @@ def test_later_calls_take_the_checked_mean_and_std():
     mean, std = (tuple(np.array(values, np.float16)) for values in ((0.48, 0.45, 0.4), (0.26, 0.27, 0.28)))
     first, later = (patch_embed(*inputs, mean=mean, std=std) for _ in range(2))
     assert torch.equal(first, later)
+
+
+def test_a_mean_that_changes_is_seen():
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    call = functools.partial(patch_embed, images, torch.randn(5, 3, 4, 4), torch.randn(5), torch.randn(5, 5))
+    for mean in (torch.zeros(3), torch.zeros(3).unbind()):
+        call(mean=mean, std=(1, 1, 1))
+        for value in mean:
+            value.fill_(3)
+        assert torch.equal(call(mean=mean, std=(1, 1, 1)), call(mean=(3, 3, 3), std=(1, 1, 1)))
 
 
 def test_the_output_of_attention_may_be_changed_in_place():
