@@ -113,8 +113,8 @@ def zero_carrier(x: Tensor) -> Tensor:
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return values and scales of rows [..., K]; this specifies the bits that kernels write."""
-    if x.dtype == torch.float64:
-        return x.contiguous(), x.new_ones(x.shape[:-1])
+    if x.dtype == torch.float64:  # A copy, since a registered op must not return its argument.
+        return x.clone(memory_format=torch.contiguous_format), x.new_ones(x.shape[:-1])
     x, most = x.float(), LARGEST[dtype]
     size = x.abs().nan_to_num(nan=0.0, posinf=float("inf"))
     largest = size.amax(-1) if x.shape[-1] else size.sum(-1)

@@ -203,6 +203,7 @@ def test_registered_ops():
     given = (rows.carrier.requires_grad_(), *rows[:2], w, b, *weight.rows[:2], *weight.columns[:2])
     torch.library.opcheck(ops.quantize_rows.default, (x, E4M3), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(ops.quantize_both.default, (w, E4M3), test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(ops.quantize_rows(x.detach().double(), E4M3)[1], x)  # not rounded, and no view of the argument
     for full in (False, True):
         torch.library.opcheck(ops.fp8_linear_fwd.default, (*given, full), test_utils=fakes)
         for of_dy in ((None, None), quantize_rows(dy)[:2]):
