@@ -106,3 +106,11 @@ def test_a_step_is_three_forwards_and_the_loss():
     assert flops == pytest.approx(14.78e9, rel=0.001)
     assert step_flops("ViT-B-32", 8) == 24 * flops + 6 * 64 * 512
     assert step_floor_flops("ViT-B-32", 8) == 24 * flops + 8 * 64 * 512
+
+
+def test_no_mode_of_a_strip_is_timed_on_uninitialised_rows(poison):
+    case = build("strips", SUITES["strips"].smallest, "fp32", CPU)
+    inputs = case.inputs()
+    for candidate in case.candidates[:-1]:
+        for name, value in call(case, candidate, candidate.make(), inputs).items():
+            assert value.isfinite().all(), (candidate.name, name)
