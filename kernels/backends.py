@@ -25,7 +25,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 # TensorGuards compares layouts of tensors in C++. It is private; ``Op.learn`` keeps no call if PyTorch lacks it.
 TensorGuards: Any = getattr(guards, "TensorGuards", None)
 MOST_ALIKE = 8  # the most memory layouts that an op remembers for calls with equal options and equal sizes
-MOST_KNOWN = 512  # the most pairs of sizes and options that an op keeps; each takes some 20 KB of host memory
+MOST_KNOWN = 512  # the most pairs of sizes and options that an op keeps; each takes 20 to 60 KB of host memory
 # LEGACY_VMAP is the dispatch key that is active under ``torch.autograd.grad(is_grads_batched=True)``, which vectorises
 # a backward pass without a transform of ``torch.func``.
 LEGACY_VMAP = torch._C._dispatch_key_parse("VmapMode")

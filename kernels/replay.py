@@ -51,7 +51,7 @@ class Pass:
         if is_new or not self._is_open or not _are_apart(tensors):
             return self._function(*tensors)
         self._is_open = False
-        with _Computing() as computing, noted_starts() as starts:  # type: ignore[no-untyped-call]
+        with noted_starts() as starts, _Computing(starts) as computing:
             results = self._function(*tensors)
         if not computing.is_seen and _are_apart((*tensors, *results)):
             self._replay = _replay_of(starts, tensors, results)
@@ -59,14 +59,21 @@ class Pass:
 
 
 class _Computing(TorchDispatchMode):
-    """A mode that sees whether PyTorch computes anything, which is more than to make views and to allocate memory."""
+    """A mode that sees whether PyTorch computes anything, which is more than to make views and to allocate memory.
 
-    is_seen = False
+    If it does, the pass is not recorded. Then ``starts`` is emptied, so that its tensors are freed as in other calls.
+    """
+
+    def __init__(self, starts: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._starts, self.is_seen = starts, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an op of PyTorch inside a pass, and remember whether it computes."""
         makes_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.is_seen |= not (makes_view or func._schema.name.startswith(("aten::empty", "aten::new_empty")))
+        if not (makes_view or func._schema.name.startswith(("aten::empty", "aten::new_empty"))):
+            self.is_seen = True
+            self._starts.clear()
         return func(*args, **(kwargs or {}))
 
 

@@ -5,6 +5,7 @@ Triton's interpreter takes the place of the compiled kernels. It gets tensors at
 
 import ctypes
 import functools
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels import configs, contrastive_loss, info_nce_loss, launch, nt_xent_loss, sigmoid_loss
 from clipfast.kernels.compiled import Compiled
+from clipfast.kernels.contrastive.launches import small_blocks
 from clipfast.kernels.launch import Plan
 
 LOSSES = {
@@ -102,3 +104,24 @@ def test_kernels_that_are_started_again(name, arch, pairs, width, dtype, interpr
     for value, other in zip(found, expected, strict=True):
         assert (value is None) == (other is None)
         assert value is None or torch.equal(value, other)
+
+
+def test_a_loss_of_several_blocks_is_not_recorded_and_frees_each_block(interpreted, monkeypatch):
+    given, counts, start = [], [], Plan.start
+
+    def counted(plan, *tensors):
+        """Start a kernel, and count the tensors that kernels of the loss were given and that are not freed yet."""
+        given.extend(map(weakref.ref, filter(torch.is_tensor, tensors)))
+        counts.append(len({id(ref()) for ref in given if ref() is not None}))
+        start(plan, *tensors)
+
+    monkeypatch.setattr(Plan, "start", counted)
+    x, y = torch.randn(67, 8), torch.randn(67, 8)
+    with small_blocks(16):
+        configs.forget_plans()
+        for _ in range(2):  # the second call tries to record
+            contrastive_loss(x, y, torch.tensor(5.0))
+    configs.forget_plans()
+    first, second = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+    assert len(first) > 20
+    assert max(second) == max(first)
