@@ -317,21 +317,22 @@ def mlp_half_grads(
     """Return a block's gradients of s and a, of norm_2 [2, width], and of w_proj, b_proj, w_fc and b_fc of its MLP."""
     options, wanted, again = ctx.options, ctx.wanted, ctx.options.recomputes_inputs
     dg, dw_proj, db_proj = linear_grads(ctx, "proj", grad_m, g, w_proj, wanted.w_proj, wanted.b_proj)
+    with_g = again and wanted.w_proj is not None
     if not options.adds_bias:
         dh, db_fc = gelu_grad(dg, h, options.gelu), None
-        g = gelu_of(h, options.gelu) if again else g
+        g = gelu_of(h, options.gelu) if with_g else None
     else:
-        with_g, with_sums = again and wanted.w_proj is not None, wanted.b_fc is not None
-        args = dg, h, b_fc, options.gelu == QUICK, with_sums, *((with_g,) if again else ())
-        gelu_bwd = bias_act_fp8_bwd if again else bias_act_bwd
-        dh, db_fc, *others = compute(ctx.plans, gelu_bwd, (with_sums, with_g), *args)
+        with_sums = wanted.b_fc is not None
+        gelu_bwd, more = (bias_act_fp8_bwd, (with_g,)) if again else (bias_act_bwd, ())
+        numbers = options.gelu == QUICK, with_sums, *more
+        dh, db_fc, *others = compute(ctx.plans, gelu_bwd, (with_sums, with_g), dg, h, b_fc, *numbers)
         if again:
-            *gs, values, scale = others
-            lay_beside(dh, values, scale)
-            g = gs[0] if gs else None
-    if again and g is not None:
+            lay_beside(dh, *others[-2:])
+            g = others[0]
+        del others
+    if with_g:
         dw_proj = weight_grad(grad_m, g, wanted.w_proj)
-    del g, dg
+    del g, dg  # the largest tensors of the backward pass
     of_bias = None if options.adds_bias else wanted.b_fc
     dy, dw_fc, db = linear_grads(ctx, "fc", dh, y, w_fc, wanted.w_fc, of_bias)
     db_fc = db_fc if options.adds_bias else db

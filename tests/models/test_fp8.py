@@ -2,6 +2,8 @@
 bits, some layers keep 16 bits, and checkpoints hold no 8-bit weights.
 """
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,24 @@ def test_gradients_of_weights_read_inputs_that_were_not_rounded(gelu, on_gpu, mo
         # An error in the last digits of float32 may decide how a number halfway between two 8-bit numbers is rounded.
         assert (values.float() != rows.values.float()).double().mean() <= 0.01
         assert (x != rows.wide()).double().mean() > 0.5
+
+
+def test_the_activation_is_freed_after_the_gradient_of_its_weight(on_gpu, monkeypatch):
+    read, are_alive = [], []
+    weight_grad, norm_grads = whole_block.weight_grad, whole_block.norm_grads
+
+    def noted(ctx, name, *args):
+        """Note, at the gradients of the second norm, whether the activation of the block is in memory still."""
+        if name == "norm_2":
+            are_alive.append(read[0]() is not None)
+        return norm_grads(ctx, name, *args)
+
+    monkeypatch.setattr(
+        whole_block, "weight_grad", lambda grad, x, dtype: read.append(weakref.ref(x)) or weight_grad(grad, x, dtype)
+    )
+    monkeypatch.setattr(whole_block, "norm_grads", noted)
+    run(set_fp8(random_block(), "switchback"), torch.randn(3, TOKENS, WIDTH), None, whole=True)
+    assert are_alive == [False]
 
 
 @pytest.mark.parametrize("is_read", [False, True], ids=["", "branch is read"])
