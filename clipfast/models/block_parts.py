@@ -27,6 +27,8 @@ class Options(NamedTuple):
         dtypes: those of the block's :class:`Parameters`.
         hidden: the width of the MLP.
         fp8: the recipe of ``fp8_linear`` if the linear layers multiply in 8 bits, else None.
+        recomputes_inputs: whether the block keeps no inputs of linear layers, since its backward pass computes them
+            again; true for the recipe ``switchback``.
     """
 
     heads: int
@@ -40,11 +42,7 @@ class Options(NamedTuple):
     dtypes: "Parameters"
     hidden: int
     fp8: str | None
-
-    @property
-    def recomputes_inputs(self) -> bool:
-        """Whether the block keeps no inputs of linear layers, since its backward pass computes them again."""
-        return self.fp8 == fp8_layers.SWITCHBACK
+    recomputes_inputs: bool
 
 
 class Parameters(NamedTuple):
@@ -125,7 +123,9 @@ def linear_grads(
         wanted = weight_dtype is not None, bias_dtype is not None
         return fp8_layers.full_grads(ctx.plans, name, grad, x, weight, *wanted)
     dx = grad.mm(weight) if fp8 is None else fp8_layers.input_grad(ctx.plans, name, grad, weight)
-    dw = None if x is None else weight_grad(grad, x, weight_dtype)
+    dw: Tensor | None = None
+    if x is not None:
+        dw = grad.t().mm(x) if weight_dtype is grad.dtype else weight_grad(grad, x, weight_dtype)
     return dx, dw, grad.sum(0, dtype=bias_dtype) if bias_dtype else None
 
 

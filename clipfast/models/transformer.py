@@ -39,6 +39,7 @@ from ..kernels.implementations import MAX_HEAD_DIM, MAX_WIDTH, takes_sdpa
 from ..kernels.launch import INTERPRET, triton_runs_on
 from ..kernels.packing import Packing
 from .block_parts import QUICK, Options, Parameters, cast_blocks
+from .fp8_layers import SWITCHBACK
 from .layers import (
     HOOKS,
     MLP,
@@ -370,7 +371,8 @@ def _options(
         return None
     adds_bias = on_triton and gelu != "tanh"
     of_each: Any = Parameters(*dtypes)  # type: ignore[arg-type]
-    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, gelu, adds_bias, dtype, of_each, of_fc[0], fp8)
+    of_mlp = gelu, adds_bias, dtype, of_each, of_fc[0]
+    return Options(heads, causal, head_dim**-0.5, eps_1, eps_2, *of_mlp, fp8, fp8 == SWITCHBACK)
 
 
 def _last_row(last: ResidualAttentionBlock, x: Tensor, rows: Tensor | PackedText | None) -> Tensor:
