@@ -123,9 +123,7 @@ def linear_grads(
         wanted = weight_dtype is not None, bias_dtype is not None
         return fp8_layers.full_grads(ctx.plans, name, grad, x, weight, *wanted)
     dx = grad.mm(weight) if fp8 is None else fp8_layers.input_grad(ctx.plans, name, grad, weight)
-    dw: Tensor | None = None
-    if x is not None:
-        dw = grad.t().mm(x) if weight_dtype is grad.dtype else weight_grad(grad, x, weight_dtype)
+    dw = None if x is None else weight_grad(grad, x, weight_dtype)
     return dx, dw, grad.sum(0, dtype=bias_dtype) if bias_dtype else None
 
 

@@ -235,7 +235,8 @@ def run_plain(
         if block in whole:
             parameters, options = whole[block]
             of_block = cast[block] if of_casts is None else cast_blocks([whole[block]], of_casts)[0]
-            x, branch = _as_rows(x, branch)
+            if x.ndim == 3:
+                x, branch = _as_rows(x, branch)
             # The stream and the branch have the same layout after each block with the same options.
             before, alike = options, alike + 1 if options is before else 0
             plans = plans if alike > 1 else block_plans(options, bounds, shape, x, branch)
@@ -258,7 +259,8 @@ def run_plain(
         return run_plain([], *_in_shape(shape, x, branch), packing, last, rows)
     if last is not None and last in whole:
         of_block = cast[last] if of_casts is None else cast_blocks([whole[last]], of_casts)[0]
-        return last_row(shape, *_as_rows(x, branch), rows, *whole[last], of_block), None
+        stream = _as_rows(x, branch) if x.ndim == 3 else (x, branch)
+        return last_row(shape, *stream, rows, *whole[last], of_block), None
     x, branch = _in_shape(shape, x, branch)
     return (x, branch) if last is None else (_row_of_modules(last, x, branch, rows), None)
 
