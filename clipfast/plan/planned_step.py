@@ -136,19 +136,24 @@ class Setup:
 
 
 @contextlib.contextmanager
-def _fake_processes(gpus: int, *, is_fake: bool, rank: int = 0) -> Iterator[None]:
-    """Make this process a rank of a fake process group, if ``is_fake`` and several GPUs are planned."""
+def silent_group(gpus: int, rank: int) -> Iterator[None]:
+    """Make this process a rank of a default process group whose ``gpus`` ranks send each other nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with warnings.catch_warnings(action="ignore"):  # PyTorch deprecates fake tensors' addresses, and some gathers
-        if not is_fake or gpus == 1:
-            yield
-            return
-        dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    dist.init_process_group("fake", rank=rank, world_size=gpus, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _fake_processes(gpus: int, *, is_fake: bool, rank: int = 0) -> Iterator[None]:
+    """Make this process a rank of a silent group, if ``is_fake`` and several GPUs are planned."""
+    group = silent_group(gpus, rank) if is_fake and gpus > 1 else contextlib.nullcontext()
+    # PyTorch deprecates fake tensors' addresses, and some gathers.
+    with warnings.catch_warnings(action="ignore"), group:
+        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import cdiv, matrix_tiles, new_rows, new_tensors, slices
+from ..common import aligned_stride, cdiv, matrix_tiles, new_rows, new_tensors, slices
 from ..configs import gemm_config, row_config
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, Start, arch_of, multiprocessors, plan_start
@@ -41,7 +41,7 @@ def forward(
     (embed_dim, _, _, patch_size), k = weight.shape, weight[0].numel()
     new_bias = new_tensors(weight, (embed_dim,), torch.float32)
     fold = plan_start(
-        _fold_kernel, (embed_dim,), k, new_rows(weight, embed_dim, k, dtype).stride(0),
+        _fold_kernel, (embed_dim,), k, aligned_stride(k, dtype),
         config=row_config("patch_embed_rows", arch_of(images.device), dtype), device=images.device,
         **_channels(factors_of(images, mean, std), patch_size),
     )  # fmt: skip
@@ -136,7 +136,7 @@ def _plan_groups(
     batch, k = len(images), images.shape[1] * patch_size**2
     group = min(batch, max(1, GROUP_BYTES // (tokens * k * dtype.itemsize)))
     group = cdiv(batch, cdiv(batch, group))  # makes all groups about equally large
-    row_stride = new_rows(images, 1, k, dtype).stride(0)
+    row_stride = aligned_stride(k, dtype)
     cfg = row_config("patch_embed_rows", arch_of(images.device), dtype)
     height, width = images.shape[2] // patch_size, images.shape[3] // patch_size
     groups = slices(batch, group)
