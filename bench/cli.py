@@ -51,8 +51,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Run the command line of the benchmarks and return its exit code: 2 for bad arguments, with one line on stderr."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG)
     add_commands(parser)
     args = parser.parse_args(argv)
     try:
@@ -84,8 +83,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     tuner.epilog = "exit code: 0 done, 1 an op could not be tuned, 2 an error, 130 interrupted"
     tune.add_arguments(tuner)
     text = "time of the host for each op, for a step, and for one encoded image or text"
-    raw = argparse.RawDescriptionHelpFormatter
-    host.add_arguments(commands.add_parser("host", help=text, description=host.__doc__, formatter_class=raw))
+    host.add_arguments(commands.add_parser("host", help=text, description=host.__doc__))
     table = commands.add_parser("table", help="write the tables of the README and docs/ again from committed results")
     pages = [Path("README.md"), Path("docs/benchmarks.md")]
     shown = " ".join(map(str, pages))

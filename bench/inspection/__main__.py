@@ -12,13 +12,12 @@ a cliff, a size at which the loss is slow. If the host takes longer than the GPU
 time of an eager call.
 """
 
-import argparse
 import functools
 import itertools
 import sys
 from collections.abc import Sequence
 
-from clipfast.cli.arguments import Count
+from clipfast.cli.arguments import Count, Parser
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import specs
 
@@ -32,7 +31,7 @@ MODELS = ("ViT-B-32", "ViT-L-14")  # models whose training steps stand in the ta
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of predicted times that the command line asks for, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     pairs, widths = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072), (512, 640, 768, 1024, 1280)
     add = parser.add_argument
     add("--host", action="store_true", help="print the table of the host")

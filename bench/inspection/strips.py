@@ -10,7 +10,6 @@ message takes no time of the GPU, so it adds nothing to the step while kernels r
 time is not counted: in a training step, the host runs ahead of the GPU while the towers run.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from clipfast.cli.arguments import Count
+from clipfast.cli.arguments import Count, Parser
 from clipfast.kernels.contrastive.modes import MODES, choose_mode
 from clipfast.kernels.contrastive.spec import STRIPS
 from clipfast.kernels.hardware import CARDS, Cluster
@@ -139,7 +138,7 @@ def _ms(took: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of predicted steps of the loss of all ranks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add, of_rows = parser.add_argument, {strip.rows: strip.pairs // strip.rows for strip in STRIPS}
     widths = sorted({strip.embed_dim for strip in STRIPS})
     add("--rows", type=int, nargs="+", default=tuple(of_rows), metavar="B", help="pairs of a GPU")

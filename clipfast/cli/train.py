@@ -32,7 +32,6 @@ def add_parser(commands: Any) -> None:
         "train",
         description="Train CLIP on image-text pairs. Ctrl-C saves and stops; --resume continues.",
         epilog="Example: clipfast train --recipe emoji --name demo\nTo continue: clipfast train --resume runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     recipe = f"take options from a bundled recipe ({', '.join(list_recipes())}) or a TOML file; flags override them"
     parser.add_argument("--recipe", metavar="NAME", help=recipe)

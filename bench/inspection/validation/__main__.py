@@ -8,7 +8,6 @@ The results are kept beside those of other figures and of other Tritons, so run 
 docs/gpu-model.md`` writes the tables of that document again.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import triton
 
+from clipfast.cli.arguments import Parser
 from clipfast.io.files import replace_text
 
 from ..model import NoModel
@@ -30,7 +30,7 @@ RESULTS = FOLDER / "results.json"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the validation of predicted times that the command line selects."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--sources", type=Path, default=Path("sources"), help="folder of kernels (default: ./sources)")
     parser.add_argument("--fetch", action="store_true", help="print the commands that fill the folder, and end")
     parser.add_argument("--only", default="", help="a regular expression for kind and name of figures")
