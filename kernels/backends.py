@@ -1,10 +1,11 @@
 """The choice of the implementation of an op (the registered op or the PyTorch reference), and its registration."""
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -314,6 +315,30 @@ def apply_of(function: Any) -> Callable[..., Any]:
 def registered(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Make a function the implementation of the PyTorch op ``clipfast::<name>``."""
     return functools.partial(Op, name)
+
+
+def planned_op(name: str) -> Callable[[Callable[..., Callable[..., Any]]], Op]:
+    """Make a function the planner of the PyTorch op ``clipfast::<name>`` (:meth:`Op.planned_by`).
+
+    The planner's signature is that of the op, and the function that it is annotated to return has the op's results.
+    """
+
+    def op_of(planner: Callable[..., Callable[..., Any]]) -> Op:
+        """Register the op that plans and computes each call."""
+
+        @functools.wraps(planner)
+        def run(*args: Any) -> Any:
+            """Plan a call of the op, and compute it."""
+            return op.planner(*args)(*args)  # type: ignore[misc]
+
+        signature = inspect.signature(planner)
+        _, results = get_args(signature.return_annotation)
+        run.__signature__ = signature.replace(return_annotation=results)  # type: ignore[attr-defined]
+        op = Op(name, run)
+        op.planned_by(planner)
+        return op
+
+    return op_of
 
 
 def is_watched() -> bool:

@@ -7,7 +7,7 @@ computes the op at one layout (``backends.Op.planned_by``), in the dict that :fu
 
 from typing import Any
 
-from .activation import _bias_act_bwd, _bias_act_fwd
+from .activation.op import _bias_act_bwd, _bias_act_fwd
 from .attention.op import MAX_HEAD_DIM, _attention_bwd, _attention_fwd, takes_sdpa
 from .attention_pool.op import _pool_bwd, _pool_fwd
 from .backends import Op

@@ -27,7 +27,8 @@ Results = tuple[Tensor, ...]
 
 
 class Pass:
-    """A function of tensors of one layout that allocates memory, starts kernels, and returns new tensors.
+    """A function of tensors of one layout that allocates memory, starts kernels, and returns new tensors, each of them
+    once or more often.
 
     Later calls allocate all results before anything else, so the function should do this too if results are large. It
     is called each time if it does anything else, such as an op of PyTorch that computes. It is also called where no
@@ -39,7 +40,7 @@ class Pass:
 
     def __init__(self, function: Callable[..., Results]) -> None:
         self._function, self._is_new, self._is_open = function, True, True
-        self._replay: _Replay | None = None
+        self._replay: Callable[[Sequence[Tensor]], Results | None] | None = None
 
     def __call__(self, *tensors: Tensor) -> Results:
         """Return the results of the pass for tensors of its layout."""
@@ -53,8 +54,12 @@ class Pass:
         self._is_open = False
         with noted_starts() as starts, _Computing(starts) as computing:
             results = self._function(*tensors)
-        if not computing.is_seen and _are_apart((*tensors, *results)):
-            self._replay = _replay_of(starts, tensors, results)
+        places = {x: place for place, x in enumerate(dict.fromkeys(results))}
+        if not computing.is_seen and _are_apart((*tensors, *places)):
+            replay = self._replay = _replay_of(starts, tensors, (*places,))
+            if replay is not None and len(places) < len(results):
+                repeated = operator.itemgetter(*[places[x] for x in results])
+                self._replay = lambda tensors: (found := replay(tensors)) and repeated(found)
         return results
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import Op, registered, uses_reference
+from ..backends import Op, planned_op, registered, uses_reference
 from ..checks import check_bool, check_float, check_like, check_parameter, check_seqlens, check_tensor
 from ..configs import HEAD_DIMS, planned
 from ..dtypes import accumulate_dtype, autocast_to
@@ -131,17 +131,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, sca
     return q.new_empty(q.shape), q.new_empty(batch, heads, m, dtype=accumulate_dtype(q.dtype))
 
 
-@registered("attention_qkv_bwd")
-def _attention_qkv_bwd(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of attention on separate tensors. This is the registered op."""
-    args = grad_out, q, k, v, seqlens, out, lse, causal, scale
-    return calls.plan_qkv_backward(*args)(*args)
-
-
-_attention_qkv_bwd.planned_by(calls.plan_qkv_backward)
+_attention_qkv_bwd = planned_op("attention_qkv_bwd")(calls.plan_qkv_backward)
 
 
 @_attention_qkv_bwd.register_fake

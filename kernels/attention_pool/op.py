@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, uses_reference
 from ..checks import check_float, check_like, check_seqlens, check_tensor
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import triton_runs_on
@@ -31,11 +31,14 @@ from . import cpu, launches
 MAX_HEADS, MAX_TOKENS = 64, 1024
 
 
-def _plan_forward(
+@planned_op("attention_pool_fwd")
+def _pool_fwd(
     query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Return the function that computes attention pooling for tensors laid out like these; with ``max_seqlen``, for
     packed sequences of any layout.
+
+    Then the tokens are [1, T, C], and ``seqlens`` are the cumulative lengths [B + 1].
     """
     plan = (launches if triton_runs_on(query.device) else cpu).forward
     if max_seqlen is None:
@@ -43,47 +46,20 @@ def _plan_forward(
     return lambda *args: plan(*args)(*args)  # each call has another number of tokens
 
 
-def _plan_backward(
-    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the gradients of attention pooling, for tensors as in :func:`_plan_forward`."""
-    plan = (launches if triton_runs_on(query.device) else cpu).backward
-    if max_seqlen is None:
-        return plan(grad_out, query, tokens, seqlens, lse)
-    return lambda *args: plan(*args)(*args)
-
-
-@registered("attention_pool_fwd")
-def _pool_fwd(
-    query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute attention pooling. This is the registered op.
-
-    With ``max_seqlen``, the tokens are those of packed sequences, [1, T, C], and ``seqlens`` are the cumulative
-    lengths [B + 1].
-    """
-    args = query, tokens, seqlens, max_seqlen
-    return _plan_forward(*args)(*args)
-
-
-_pool_fwd.planned_by(_plan_forward)
-
-
 @_pool_fwd.register_fake
 def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None, max_seqlen: int | None = None) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate_dtype(query.dtype))
 
 
-@registered("attention_pool_bwd")
+@planned_op("attention_pool_bwd")
 def _pool_bwd(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor, max_seqlen: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of attention pooling. This is the registered op."""
-    args = grad_out, query, tokens, seqlens, lse, max_seqlen
-    return _plan_backward(*args)(*args)
-
-
-_pool_bwd.planned_by(_plan_backward)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that computes the gradients of attention pooling, for tensors as in ``_pool_fwd``."""
+    plan = (launches if triton_runs_on(query.device) else cpu).backward
+    if max_seqlen is None:
+        return plan(grad_out, query, tokens, seqlens, lse)
+    return lambda *args: plan(*args)(*args)
 
 
 @_pool_bwd.register_fake

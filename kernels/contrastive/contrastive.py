@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, uses_reference
 from ..checks import check_bool
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
@@ -54,16 +54,21 @@ from .stats import ALL, Normalizers, pair_losses, pairs_in
 MEMORY = ("default", "min")
 
 
-def _plan_forward(
+@planned_op("contrastive_fwd")
+def _contrastive_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
-) -> Callable[..., Any]:  # fmt: skip
-    """Return the function that computes the contrastive loss for tensors with the layout of the arguments."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Return the function that computes the contrastive loss for tensors with the layout of the arguments.
+
+    It returns the loss, and for the backward pass row [3, M], col [3, N] and uses_shared_shift []. row and col hold
+    maximum, inv_denom and g. g is one_minus_p summed over the directions of the loss.
+    """
     if triton_runs_on(image.device):
         forward = functools.partial(launches.pair_losses, offset=offset, both=both, normalize=normalize, dtype=dtype)
         return features_pass(forward, (image, text, None), dtype, normalize=normalize)
 
-    def compute(image: Tensor, text: Tensor, logit_scale: Tensor, *_: object) -> tuple[Tensor, ...]:
+    def compute(image: Tensor, text: Tensor, logit_scale: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute the contrastive loss on a CPU."""
         x, y = (side.rows for side in prepare_both(image, text, dtype, normalize=normalize))
         stats = cpu.statistics(x, y, logit_scale, offset)
@@ -72,35 +77,21 @@ def _plan_forward(
     return compute
 
 
-@registered("contrastive_fwd")
-def _contrastive_fwd(
-    image: Tensor, text: Tensor, logit_scale: Tensor,
-    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the contrastive loss, and for the backward pass row [3, M], col [3, N] and uses_shared_shift [].
-
-    row and col hold maximum, inv_denom and g. g is one_minus_p summed over the directions of the loss.
-    """
-    args = image, text, logit_scale, offset, both, normalize, dtype, save_memory
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_forward(*args)(*args)
-    return found
-
-
-_contrastive_fwd.planned_by(_plan_forward)
-
-
 @_contrastive_fwd.register_fake
 def _(image: Tensor, text: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row, col = (logit_scale.new_empty(3, x.shape[0]) for x in (image, text))
     return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
 
 
-def _plan_backward(
+@planned_op("contrastive_bwd")
+def _contrastive_bwd(
     grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
-) -> Callable[..., Any]:  # fmt: skip
-    """Return the function that computes the contrastive loss's gradients for tensors with the arguments' layout."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Return the function that computes the contrastive loss's gradients of images, texts and scale, for tensors with
+    the arguments' layout.
+    """
     if not is_one_block(image, text, dtype):
         return _gradients_in_blocks
     backward = functools.partial(
@@ -114,23 +105,6 @@ def _terms_of(image: Tensor, text: Tensor, offset: int, both: bool) -> int:
     """Return the number of terms in the mean that the contrastive loss is, and 1 if there are none."""
     paired, _ = pairs_in(len(image), len(text), offset)
     return max((2 if both else 1) * (paired.stop - paired.start), 1)
-
-
-@registered("contrastive_bwd")
-def _contrastive_bwd(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
-    row: Tensor, col: Tensor, uses_shared_shift: Tensor,
-    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of the contrastive loss with respect to images, texts and scale."""
-    args = (
-        grad_loss, image, text, logit_scale, row, col, uses_shared_shift, offset, both, normalize, dtype, save_memory
-    )  # fmt: skip
-    found: tuple[Tensor, Tensor, Tensor] = _plan_backward(*args)(*args)
-    return found
-
-
-_contrastive_bwd.planned_by(_plan_backward)
 
 
 def _gradients_in_blocks(

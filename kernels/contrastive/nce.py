@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, uses_reference
 from ..checks import check_bool, check_like, check_tensor
 from ..common import LOG2E
 from ..dtypes import accumulate_dtype, autocast_dtype
@@ -50,11 +50,16 @@ from .small_batch import suits_whole, whole_info_nce_loss, whole_operands
 from .stats import Normalizers, merge, new_stats, pair_products, pair_terms
 
 
-def _plan_info_nce(
+@planned_op("info_nce_fwd")
+def _info_nce_fwd(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype,
-) -> Callable[..., Any]:  # fmt: skip
-    """Return the function that computes the InfoNCE loss for tensors with the layout of the arguments."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Return the function that computes the InfoNCE loss for tensors with the layout of the arguments.
+
+    It returns the loss, and for the backward pass row [3, N] and uses_shared_shift []. row holds maximum, inv_denom and
+    one_minus_p of the queries.
+    """
     if not triton_runs_on(query.device):
         return _info_nce_on_cpu
     how: dict[str, Any] = {"normalize": normalize, "dtype": dtype}
@@ -64,29 +69,14 @@ def _plan_info_nce(
     forward = functools.partial(launches.pair_losses, offset=0, both=False, **how)
     joined = features_pass(forward, (query, _columns_like(key, negatives), None), **how)
 
-    def compute(query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *_: object) -> tuple[Tensor, ...]:
+    def compute(
+        query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *_: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the InfoNCE loss of keys and negatives in one matrix."""
         loss, row, _col, uses_shared_shift = joined(query, torch.cat((key, negatives)), logit_scale)
         return loss, row, uses_shared_shift
 
     return compute
-
-
-@registered("info_nce_fwd")
-def _info_nce_fwd(
-    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
-    in_batch: bool, normalize: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the InfoNCE loss, and for the backward pass row [3, N] and uses_shared_shift [].
-
-    row holds maximum, inv_denom and one_minus_p of the queries.
-    """
-    args = query, key, negatives, logit_scale, in_batch, normalize, dtype
-    found: tuple[Tensor, Tensor, Tensor] = _plan_info_nce(*args)(*args)
-    return found
-
-
-_info_nce_fwd.planned_by(_plan_info_nce)
 
 
 def _info_nce_on_cpu(
@@ -116,12 +106,15 @@ def _(
     return logit_scale.new_empty(()), row, logit_scale.new_empty((), dtype=torch.int8)
 
 
-def _plan_info_nce_gradients(
+@planned_op("info_nce_bwd")
+def _info_nce_bwd(
     grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     row: Tensor, uses_shared_shift: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
-) -> Callable[..., Any]:  # fmt: skip
-    """Return the function that computes InfoNCE's gradients for tensors with the layout of the arguments."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Return the function that computes InfoNCE's gradients of queries, keys, negatives and scale for tensors with the
+    layout of the arguments. The gradients of keys and negatives have no rows if they are not needed.
+    """
     how: dict[str, Any] = {"normalize": normalize, "dtype": dtype}
     if in_batch and _are_joined(query, key, negatives, dtype):
         return _joined_gradients(query, key, negatives, needs_key, needs_negatives, how)
@@ -141,7 +134,7 @@ def _plan_info_nce_gradients(
         zeros = [row.new_zeros(shape) for shape in shapes] if is_pass else []
         return coefficient, *others, coefficient * logit_scale, of_negatives, *zeros
 
-    def compute(*args: Any) -> tuple[Tensor, ...]:
+    def compute(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute the gradients of InfoNCE."""
         coefficient, *inputs = inputs_of(*args[:7])
         query_grad, *parts = function(*inputs)
@@ -150,27 +143,6 @@ def _plan_info_nce_gradients(
         return query_grad, key_grad, negatives_grad, scale_gradient(parts, coefficient)
 
     return compute
-
-
-@registered("info_nce_bwd")
-def _info_nce_bwd(
-    grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
-    row: Tensor, uses_shared_shift: Tensor,
-    in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the InfoNCE gradients of queries, keys, negatives and scale.
-
-    The gradients of keys and negatives have no rows if they are not needed.
-    """
-    args: Any = (
-        grad_loss, query, key, negatives, logit_scale, row, uses_shared_shift,
-        in_batch, normalize, dtype, needs_key, needs_negatives,
-    )  # fmt: skip
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_info_nce_gradients(*args)(*args)
-    return found
-
-
-_info_nce_bwd.planned_by(_plan_info_nce_gradients)
 
 
 def _columns_like(key: Tensor, negatives: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, uses_reference
 from ..checks import check_bool
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
@@ -40,32 +40,21 @@ from .small_batch import suits_whole, whole_nt_xent_loss, whole_operands
 from .stats import Normalizers, merge, pair_terms
 
 
-def _plan_nt_xent(
+@planned_op("nt_xent_fwd")
+def _nt_xent_fwd(
     first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
-) -> Callable[..., Any]:
-    """Return the function that computes the NT-Xent loss for tensors with the layout of the arguments."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return the function that computes the NT-Xent loss for tensors with the layout of the arguments.
+
+    It returns the loss, and for the backward pass row [2, 3, N], col [2, 3, N] and uses_shared_shift []. ``row``
+    belongs to the first views and ``col`` to the second. Both hold maximum, inv_denom and one_minus_p (summed over both
+    views of the pair) twice: [0] treats a view as a row of the logits of its own side, and [1] as a column. These
+    logits are symmetric, so [0] and [1] differ by rounding only.
+    """
     if not triton_runs_on(first.device):
         return _nt_xent_on_cpu
     forward = functools.partial(merges.nt_xent, normalize=normalize, dtype=dtype)
     return features_pass(forward, (first, second, None), dtype, normalize=normalize)
-
-
-@registered("nt_xent_fwd")
-def _nt_xent_fwd(
-    first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the NT-Xent loss, and for the backward pass row [2, 3, N], col [2, 3, N] and uses_shared_shift [].
-
-    ``row`` belongs to the first views and ``col`` to the second. Both hold maximum, inv_denom and one_minus_p (summed
-    over both views of the pair) twice: [0] treats a view as a row of the logits of its own side, and [1] as a column.
-    These logits are symmetric, so [0] and [1] differ by rounding only.
-    """
-    args = first, second, logit_scale, normalize, dtype
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_nt_xent(*args)(*args)
-    return found
-
-
-_nt_xent_fwd.planned_by(_plan_nt_xent)
 
 
 def _nt_xent_on_cpu(
@@ -97,11 +86,14 @@ def _(first: Tensor, second: Tensor, logit_scale: Tensor, *options: object) -> t
     return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
 
 
-def _plan_nt_xent_gradients(
+@planned_op("nt_xent_bwd")
+def _nt_xent_bwd(
     grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
-) -> Callable[..., Any]:  # fmt: skip
-    """Return the function that computes NT-Xent's gradients for tensors with the layout of the arguments."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Return the function that computes NT-Xent's gradients of both views and of the scale, for tensors with the layout
+    of the arguments.
+    """
     function: Any = functools.partial(_nt_xent_parts, normalize=normalize, dtype=dtype, grad_dtype=first.dtype)
     is_pass = is_small_block(first, second, dtype)
     if is_pass:
@@ -110,33 +102,17 @@ def _plan_nt_xent_gradients(
     def compute(
         grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
         row: Tensor, col: Tensor, uses_shared_shift: Tensor, *_: object,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Compute the gradients of NT-Xent."""
         coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
         zeros = [row.new_zeros(side.shape) for side in (first, second)] if is_pass else []
         first_grad, second_grad, *parts = function(
             first, second, logit_scale, row, col, uses_shared_shift, coefficient * logit_scale, *zeros
         )
-        if is_pass and len(parts) == 5:
-            parts.insert(0, parts[0])  # it counts twice, as ``_nt_xent_parts`` explains
         # Each logit is a product of two features, and the gradients of both count it. Therefore the sum is halved.
         return first_grad, second_grad, scale_gradient(parts, coefficient / 2)
 
     return compute
-
-
-@registered("nt_xent_bwd")
-def _nt_xent_bwd(
-    grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
-    row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the NT-Xent gradients of both views and of the scale."""
-    args = grad_loss, first, second, logit_scale, row, col, uses_shared_shift, normalize, dtype
-    found: tuple[Tensor, Tensor, Tensor] = _plan_nt_xent_gradients(*args)(*args)
-    return found
-
-
-_nt_xent_bwd.planned_by(_plan_nt_xent_gradients)
 
 
 def _nt_xent_parts(
@@ -164,9 +140,8 @@ def _nt_xent_parts(
         # logit, so the columns take the column sums.
         normalizers = Normalizers(row[:, strip], row_within, uses_shared_shift)
         within = blocks.add_gradients(own, x.rows, logit_scale, normalizers, start, acc, None)
-        # ``across`` counts twice, since its logits contribute to the gradients of first and of second views. But a pass
-        # returns each tensor once.
-        return [across, within] if accumulators else [across, across, within]
+        # ``across`` counts twice, since its logits contribute to the gradients of first and of second views.
+        return [across, across, within]
 
     parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add, acc_first)
     normalizers = Normalizers(col, col_within, uses_shared_shift)

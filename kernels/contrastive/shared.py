@@ -34,7 +34,7 @@ def call_planned(op: Op, options: tuple[Any, ...], tensors: tuple[Tensor, ...], 
 
 def features_pass(
     function: Callable[..., tuple[Tensor, ...]], like: Sequence[Tensor | None], dtype: torch.dtype, *, normalize: bool
-) -> Callable[..., tuple[Tensor, ...]]:
+) -> Callable[..., Any]:
     """Return a :class:`.replay.Pass` of ``function`` as a planner of a loss returns it.
 
     Args:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, registered, uses_reference
 from ..checks import check_bool
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
@@ -155,40 +155,28 @@ def _(
     return loss, _held_gradient(image), _held_gradient(text), logit_scale.new_empty(2)
 
 
-def _plan_backward(
+@planned_op("sigmoid_bwd")
+def _sigmoid_bwd(
     grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
-) -> Callable[..., Any]:
-    """Return the function that multiplies the sigmoid loss's gradients, for tensors with the arguments' layout."""
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return the function that multiplies the sigmoid loss's gradients by the upstream gradient, for tensors with the
+    arguments' layout. It returns those of the features in ``dtype``.
+    """
     if not triton_runs_on(image_grad.device):
         return _scaled_on_cpu
-    replay = Pass(functools.partial(scaled, dtype=dtype))
+    replay: Any = Pass(functools.partial(scaled, dtype=dtype))
     return lambda *args: replay(*args[:4])
 
 
 def _scaled_on_cpu(
     grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+) -> Any:
     """Return the sigmoid loss's gradients multiplied by the upstream gradient, on a CPU."""
     grads = image_grad, text_grad, number_grads
     outs = tuple(torch.empty_like(grad, dtype=kind) for grad, kind in zip(grads, (dtype, dtype, None), strict=True))
     for grad, out in zip(grads, outs, strict=True):
         torch.mul(grad, grad_loss, out=out)
     return outs
-
-
-@registered("sigmoid_bwd")
-def _sigmoid_bwd(
-    grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sigmoid loss's gradients multiplied by the upstream gradient; those of the features are in
-    ``dtype``.
-    """
-    args = grad_loss, image_grad, text_grad, number_grads, dtype
-    found: tuple[Tensor, Tensor, Tensor] = _plan_backward(*args)(*args)
-    return found
-
-
-_sigmoid_bwd.planned_by(_plan_backward)
 
 
 @_sigmoid_bwd.register_fake

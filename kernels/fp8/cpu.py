@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import _bwd_cpu, _fwd_cpu
+from ..activation import cpu as activation
 from ..dtypes import accumulate_dtype
 from ..fp8_rows import E4M3, rounded, zero_carrier
 
@@ -29,7 +29,7 @@ def bias_act(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Any]:
     The activation is rounded to 8 bits once, from float32.
     """
     wide = accumulate_dtype(x.dtype)
-    activate = _fwd_cpu(x.to(wide), bias, quick)
+    activate = activation.forward(x.to(wide), bias, quick)
 
     def compute(x: Tensor, bias: Tensor, quick: bool) -> tuple[Tensor, ...]:
         """Compute an activation with its bias in 8 bits on the CPU."""
@@ -56,7 +56,7 @@ def with_rows(
 
 def bias_act_bwd(*args: Any) -> Callable[..., Any]:
     """Return the function that computes the gradients of bias and activation, and that of x in 8 bits as well."""
-    return with_rows(_bwd_cpu(*args), lambda found: found[0])
+    return with_rows(activation.backward(*args), lambda found: found[0])
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,7 +7,7 @@ registers.
 import triton
 import triton.language as tl
 
-from ..activation import _quick_gelu
+from ..activation.kernels import _quick_gelu
 from ..tiles import in_eight_bits, scales, store_carrier, store_rows
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import activation
+from ..activation import launches as activation
 from ..common import as_rows, cdiv, new_tensors, next_power_of_2, num_rows, row_strides
 from ..configs import RowConfig, planned
 from ..fp8_rows import E4M3, LARGEST
@@ -114,8 +114,8 @@ def bias_act_bwd(
     """
     args = grad, x, bias, quick, with_sums, with_y
     if x.shape[-1] <= MAX_GRAD_WIDTH:
-        return activation._bwd_triton(*args, row_tiles=_grad_and_y_tiles if with_y else _grad_tiles)
-    return with_rows(activation._bwd_triton(*args), lambda found: found[0], quantize(new_tensors(x)(), E4M3))
+        return activation.backward(*args, row_tiles=_grad_and_y_tiles if with_y else _grad_tiles)
+    return with_rows(activation.backward(*args), lambda found: found[0], quantize(new_tensors(x)(), E4M3))
 
 
 def dequantize(values: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:

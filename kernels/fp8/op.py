@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import activation, reference
-from ..backends import registered, uses_reference
+from .. import reference
+from ..activation import op as activation
+from ..backends import planned_op, registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
 from ..dtypes import dtype_name
 from ..fp8_rows import E4M3, LARGEST, Fp8Rows, Fp8Weight, takes_rows
@@ -23,20 +24,14 @@ from .support import check_fp8
 Carried = tuple[Tensor, Tensor, Tensor]
 
 
-def _plan_rows(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
-    """Return the function that rounds rows with the layout of ``x`` to 8 bits."""
+@planned_op("quantize_rows")
+def _quantize_rows(x: Tensor, dtype: torch.dtype) -> Callable[..., Carried]:
+    """Return the function that rounds rows with the layout of ``x`` to 8 bits.
+
+    It returns their carrier, values and scales.
+    """
     compute = (launches if triton_runs_on(x.device) else cpu).quantize(x, dtype, carried=True)
     return lambda x, _: compute(x)
-
-
-@registered("quantize_rows")
-def _quantize_rows(x: Tensor, dtype: torch.dtype) -> Carried:
-    """Return the carrier, the values and the scales of rows. This is the registered op."""
-    found: Carried = _plan_rows(x, dtype)(x, dtype)
-    return found
-
-
-_quantize_rows.planned_by(_plan_rows)
 
 
 @_quantize_rows.register_fake
@@ -66,21 +61,15 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, N
 _quantize_rows.register_autograd(_backward, setup_context=_setup_context, results=lambda *_: 3)
 
 
-def _plan_both(x: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
-    """Return the function that rounds matrices with the layout of ``x`` to 8 bits along rows and columns."""
+@planned_op("quantize_both")
+def _quantize_both(x: Tensor, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return the function that rounds matrices with the layout of ``x`` to 8 bits along rows and columns.
+
+    It returns the values and scales of the rows, and those of the columns.
+    """
     # For an empty matrix the kernels start no program, which leaves its scales unwritten. The CPU's functions write 1.
     compute = (launches if triton_runs_on(x.device) and x.numel() else cpu).quantize_both(x, dtype)
     return lambda x, _: compute(x)
-
-
-@registered("quantize_both")
-def _quantize_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the values and scales of the rows, and of the columns, of a matrix. This is the registered op."""
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _plan_both(x, dtype)(x, dtype)
-    return found
-
-
-_quantize_both.planned_by(_plan_both)
 
 
 @_quantize_both.register_fake
@@ -150,19 +139,13 @@ def quantize_weight(weight: Tensor, *, backend: str = "auto") -> Fp8Weight:
     return Fp8Weight(Fp8Rows(values, scale), Fp8Rows(column_values, column_scale))
 
 
-def _plan_bias_act(x: Tensor, *args: Any) -> Callable[..., Any]:
-    """Return the function that computes GELU or QuickGELU in 8 bits for tensors with the layout of ``x``."""
-    return (launches if triton_runs_on(x.device) else cpu).bias_act(x, *args)
+@planned_op("bias_act_fp8_fwd")
+def _bias_act_fp8_fwd(x: Tensor, bias: Tensor, quick: bool) -> Callable[..., Carried]:
+    """Return the function that computes GELU or QuickGELU of x + bias in 8 bits for tensors with the layout of ``x``.
 
-
-@registered("bias_act_fp8_fwd")
-def _bias_act_fp8_fwd(x: Tensor, bias: Tensor, quick: bool) -> Carried:
-    """Return the carrier, the values and the scales of GELU or QuickGELU of x + bias. This is the registered op."""
-    found: Carried = _plan_bias_act(x, bias, quick)(x, bias, quick)
-    return found
-
-
-_bias_act_fp8_fwd.planned_by(_plan_bias_act)
+    It returns the carrier, the values and the scales.
+    """
+    return (launches if triton_runs_on(x.device) else cpu).bias_act(x, bias, quick)
 
 
 @_bias_act_fp8_fwd.register_fake

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import activation, reference
+from .. import reference
+from ..activation import spec as activation
 from ..fp8_rows import Fp8Rows
 from ..layer_norm import spec as norm_spec
 from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shape, Shipped, on

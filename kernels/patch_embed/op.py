@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, registered, uses_reference
 from ..checks import check_device, check_float, check_integers, check_tensor
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
@@ -62,12 +62,19 @@ def _check_indices(keep: Tensor | None, num_patches: int) -> None:
         raise ValueError(f"patch_embed: keep must hold each patch of an image once, got {keep[twice][0].tolist()}")
 
 
-def _plan_forward(*args: Any) -> Callable[..., Tensor]:
-    """Return the function that embeds images in tensors with the memory layout of the arguments."""
-    images, weight, _, positional_embedding, _, mean, std, dtype = args
+@planned_op("patch_embed_fwd")
+def _patch_embed_fwd(
+    images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Return the function that embeds images in tensors with the memory layout of the arguments.
+
+    It returns the tokens in ``dtype``, to which the weight is rounded once, after the normalisation was folded in.
+    """
     run: Callable[..., Tensor] = cpu.forward
     if triton_runs_on(images.device):
-        run = (matrix if matrix.is_laid_out(images, dtype, len(weight)) else launches).forward(*args)
+        path = matrix if matrix.is_laid_out(images, dtype, len(weight)) else launches
+        run = path.forward(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype)
     num_patches = len(positional_embedding) - 1
 
     def compute(
@@ -81,19 +88,6 @@ def _plan_forward(*args: Any) -> Callable[..., Tensor]:
     return compute
 
 
-@registered("patch_embed_fwd")
-def _patch_embed_fwd(
-    images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
-    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Return the tokens in ``dtype``, to which the weight is rounded once, after the normalisation was folded in."""
-    args = images, weight, class_embedding, positional_embedding, keep, mean, std, dtype
-    return _plan_forward(*args)(*args)
-
-
-_patch_embed_fwd.planned_by(_plan_forward)
-
-
 @_patch_embed_fwd.register_fake
 def _(
     images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
@@ -103,11 +97,12 @@ def _(
     return weight.new_empty(images.shape[0], tokens, weight.shape[0], dtype=dtype)
 
 
-def _plan_backward(
+@planned_op("patch_embed_bwd")
+def _patch_embed_bwd(
     grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that computes the gradients of the patch embedding's parameters, for tensors with the memory
-    layout of the arguments.
+    """Return the function that computes the gradients of weight and positions in the accumulation dtype, for tensors
+    with the memory layout of the arguments. Operands have the dtype of ``grad``.
     """
     num_patches, is_uint8 = num_patches_of(images, weight.shape[-1]), images.dtype == torch.uint8
     on_gpu = triton_runs_on(images.device)
@@ -131,18 +126,6 @@ def _plan_backward(
         return unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std) if is_uint8 else grad_weight, grad_pos
 
     return compute
-
-
-@registered("patch_embed_bwd")
-def _patch_embed_bwd(
-    grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and positions in the accumulation dtype. Operands have the dtype of ``grad``."""
-    args = grad, images, weight, keep, mean, std
-    return _plan_backward(*args)(*args)
-
-
-_patch_embed_bwd.planned_by(_plan_backward)
 
 
 @_patch_embed_bwd.register_fake

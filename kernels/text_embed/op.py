@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import registered, uses_reference
+from ..backends import planned_op, uses_reference
 from ..checks import check_device, check_float, check_integers, check_tensor
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
@@ -36,26 +36,16 @@ from ..packing import Packing, packing_for
 from . import cpu, launches
 
 
-def _plan_forward(text: Tensor, *args: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that embeds texts with the memory layout of ``text``."""
-    return (launches if triton_runs_on(text.device) else cpu).forward(text, *args)
-
-
-def _plan_backward(grad: Tensor, *args: Any) -> Callable[..., Tensor]:
-    """Return the function that computes the gradient of the token embeddings for tensors with the arguments' layout."""
-    return (launches if triton_runs_on(grad.device) else cpu).backward_token(grad, *args)
-
-
-@registered("text_embed_fwd")
+@planned_op("text_embed_fwd")
 def _text_embed_fwd(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the embedded tokens in ``dtype``, and the ids as int32, -1 for an id outside the table."""
-    args = text, token_embedding, positional_embedding, dtype
-    return _plan_forward(*args)(*args)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that embeds texts with the memory layout of ``text``.
 
-
-_text_embed_fwd.planned_by(_plan_forward)
+    It returns the embedded tokens in ``dtype``, and the ids as int32, -1 for an id outside the table.
+    """
+    module = launches if triton_runs_on(text.device) else cpu
+    return module.forward(text, token_embedding, positional_embedding, dtype)
 
 
 @_text_embed_fwd.register_fake
@@ -64,13 +54,12 @@ def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype
     return out, text.new_empty(text.shape, dtype=torch.int32)
 
 
-@registered("text_embed_bwd_token")
-def _text_embed_bwd_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table of token embeddings in ``dtype``; ``ids`` are those that forward returns."""
-    return _plan_backward(grad, ids, vocab, dtype)(grad, ids, vocab, dtype)
-
-
-_text_embed_bwd_token.planned_by(_plan_backward)
+@planned_op("text_embed_bwd_token")
+def _text_embed_bwd_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return the function that computes the gradient of the table of token embeddings in ``dtype``, for tensors with
+    the arguments' layout; ``ids`` are those that forward returns.
+    """
+    return (launches if triton_runs_on(grad.device) else cpu).backward_token(grad, ids, vocab, dtype)
 
 
 @_text_embed_bwd_token.register_fake
@@ -113,23 +102,16 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _text_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-@registered("text_embed_packed_fwd")
+@planned_op("text_embed_packed_fwd")
 def _text_embed_packed_fwd(
     text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, bounds: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the embedded tokens [T, N] of packed texts in ``dtype``, and their ids and positions as int32 [2, T].
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function that embeds packed texts.
 
-    An id outside the table is returned as -1. For a token that belongs to no text, id and position are both -1.
+    It returns the embedded tokens [T, N] in ``dtype``, and their ids and positions as int32 [2, T]. An id outside the
+    table is returned as -1. For a token that belongs to no text, id and position are both -1.
     """
-    return _plan_packed(text)(text, token_embedding, positional_embedding, bounds, dtype)
-
-
-def _plan_packed(text: Tensor, *_: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function that embeds packed texts."""
     return (launches if triton_runs_on(text.device) else cpu).forward_packed
-
-
-_text_embed_packed_fwd.planned_by(_plan_packed)
 
 
 @_text_embed_packed_fwd.register_fake

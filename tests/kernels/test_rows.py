@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from clipfast.kernels import activation, bias_gelu, layer_norm
+from clipfast.kernels import bias_gelu, layer_norm
+from clipfast.kernels.activation import launches as activation
 from clipfast.kernels.layer_norm import launches
 from clipfast.kernels.layer_norm.spec import NormShape
 from clipfast.kernels.spec import RowShape, specs

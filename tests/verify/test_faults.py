@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from clipfast import kernels
-from clipfast.kernels import activation, configs
+from clipfast.kernels import configs
+from clipfast.kernels.activation import cpu as activation_cpu
+from clipfast.kernels.activation import launches as activation_launches
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import op as attention_op
 from clipfast.kernels.attention_pool import cpu as pool_cpu
@@ -95,8 +97,8 @@ ON_CPU = {
     ("text_embed", "d_token_embedding"): (text_cpu, "backward_token", None),
     ("layer_norm", "value"): (norm_cpu, "forward", 0),
     ("layer_norm", "d_x"): (norm_cpu, "backward", 0),
-    ("bias_quick_gelu", "value"): (activation, "_fwd_cpu", None),
-    ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
+    ("bias_quick_gelu", "value"): (activation_cpu, "forward", None),
+    ("bias_quick_gelu", "d_bias"): (activation_cpu, "backward", 1),
 }
 # Like ``ON_CPU``, but for the interpreted kernels.
 INTERPRETED = {
@@ -107,7 +109,7 @@ INTERPRETED = {
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
     ("text_embed", "d_token_embedding"): (text_launches, "backward_token", None),
     ("layer_norm", "d_x"): (norm_launches, "backward", 0),
-    ("bias_gelu", "d_bias"): (activation, "_bwd_triton", 1),
+    ("bias_gelu", "d_bias"): (activation_launches, "backward", 1),
 }
 LEG = here()
 PLACES = {CPU: ON_CPU, INTERPRETER: INTERPRETED}[LEG]
