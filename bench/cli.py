@@ -39,19 +39,19 @@ show where the time goes. The exit code is 1 if a candidate of clipfast was refu
 
 EPILOG = """\
 examples:
-  python -m bench contrastive_loss --device cpu
-  python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
-  python -m bench step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
-  python -m bench data --pairs-per-second 5000    the data workers for this rate, and the slowest stage
-  python -m bench contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
-  python -m bench tune --op contrastive_loss --card H100
-  python -m bench host --stub            the host's time for each op, and the number of kernels that start
-  python -m bench table                  write the tables of the README and docs/ again from the committed results"""
+  {prog} contrastive_loss --device cpu
+  {prog} attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
+  {prog} step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
+  {prog} data --pairs-per-second 5000    the data workers for this rate, and the slowest stage
+  {prog} contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
+  {prog} tune --op contrastive_loss --card H100
+  {prog} host --stub            the host's time for each op, and the number of kernels that start
+  {prog} table                  write the tables of the README and docs/ again from the committed results"""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Run the command line of the benchmarks and return its exit code: 2 for bad arguments, with one line on stderr."""
-    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG.format(prog=prog))
     add_commands(parser)
     args = parser.parse_args(argv)
     try:

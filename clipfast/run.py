@@ -293,7 +293,16 @@ def _module_runner(name: str) -> Callable[[], object]:
     top = name.partition(".")[0]  # find_spec of a submodule would import the package, so only the package is looked up
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"there is no module {top!r} in {os.getcwd()} or sys.path; a script is given as ./{name}")
-    return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return lambda: _run_module(name)
+
+
+def _run_module(name: str) -> None:
+    """Run a module as the program of ``clipfast.run``."""
+    package, _, last = name.rpartition(".")
+    if package and importlib.util.find_spec(name) is None:  # this imports the package, as running the module would
+        print(f"clipfast.run: error: there is no module {last!r} in {package}", file=sys.stderr)
+        sys.exit(2)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _script_runner(path: str) -> Callable[[], object]:

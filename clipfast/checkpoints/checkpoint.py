@@ -92,7 +92,10 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
     state = checkpoint["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} is not a checkpoint: it holds no tensors by name")
+        keys = f", but {', '.join(map(repr, loaded))[:200]}" if isinstance(loaded, dict) else ""
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it holds no tensors by name{keys}; save a state_dict, or one in 'state_dict'"
+        )
     return checkpoint
 
 

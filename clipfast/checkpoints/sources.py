@@ -142,7 +142,14 @@ def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: boo
         return _of_checkpoint(path, read_checkpoint(path, mmap=True))
     if model_name.startswith(LOCAL_DIR_PREFIX) or path.is_dir():
         return read_folder(path, fetch_weights)
+    if path.is_file():
+        raise ValueError(
+            f"{path} alone is no model: give the name of a model and weights as pretrained, or a folder with both, as "
+            "`clipfast convert WEIGHTS FOLDER --to open_clip --model NAME_OR_JSON` makes it"
+        )
     repository = repository_of(model_name)
+    if repository is None and (model_name.startswith(("/", "./", "../")) or model_name.count("/") > 1):
+        raise ValueError(f"there is no file or folder {model_name}")
     if repository is None and model_name.count("/") == 1 and Path(model_name).parent.is_dir():
         raise ValueError(
             f"there is no {model_name} in the folder {Path(model_name).parent}; a repository on the hub is "

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from .search_arguments import write_gallery
 
     encoder = load_encoder(args, args.model, args.pretrained, ALONE)
+    if len(labels) == 1 and encoder.model.logit_bias is None:
+        raise ValueError(f"the only label is {labels[0]!r}, whose softmax is 1: give several, with spaces between them")
     found = probabilities(encoder, image_features(encoder, args.images), encoder.classifier(labels, templates))
     pictures = []
     for path, row in zip(args.images, found.tolist(), strict=True):

@@ -338,7 +338,11 @@ def _lines(path: str, otherwise: str) -> tuple[str, ...]:
     """Return the non-empty lines of a text file; if there is no such file, raise an error with text ``otherwise``."""
     if not Path(path).is_file():
         raise ValueError(f"{otherwise}, got {path!r}")
-    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    try:
+        text = Path(path).read_text("utf-8-sig")  # editors of Windows write a byte order mark first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise ValueError(f"{path} is empty")
     return lines

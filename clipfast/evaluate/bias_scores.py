@@ -138,7 +138,7 @@ def read_added_labels(path: Path, classnames: Sequence[str]) -> dict[str, list[s
         raise ValueError(f"--added-labels: there is no file {path}")
     found: dict[str, list[str]] = {}
     known = set(classnames)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         category, _, label = (part.strip() for part in line.partition("\t"))

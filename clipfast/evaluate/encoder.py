@@ -89,7 +89,12 @@ class Encoder:
         if not pretrained and ":" not in theirs:
             raise ValueError(f"{name} has no weights of its own: give --pretrained a tag of OpenCLIP or a checkpoint")
         folder = None if cache_dir is None else str(cache_dir)
-        model, _, transform = open_clip.create_model_and_transforms(theirs, pretrained, device=device, cache_dir=folder)
+        build = open_clip.create_model_and_transforms
+        try:
+            model, _, transform = build(theirs, pretrained, device=device, cache_dir=folder)
+        except (AssertionError, RuntimeError) as error:  # so OpenCLIP says that weights are another model's
+            reason = " ".join(str(error).split())
+            raise ValueError(f"OpenCLIP does not build {theirs} with {pretrained}: {reason:.300}") from error
         apply_to_open_clip(model)
         return cls(name, model.eval(), open_clip.get_tokenizer(theirs), transform, device, pretrained)
 

@@ -76,13 +76,20 @@ def names_of(labels: list[str], classnames: Sequence[str] | None) -> list[str]:
     """Return the name of each class for zero-shot prompts: the given names, or else the labels.
 
     Raises:
-        ValueError: the number of names differs from the number of classes.
+        ValueError: the number of names is not that of classes, or the names are the labels in another order.
     """
     names = labels if classnames is None else list(classnames)
     if len(names) != len(labels):
         order = f"{', '.join(labels[:5])}{', ...' * (len(labels) > 5)}"
         raise ValueError(
             f"{len(names)} class names for {len(labels)} classes: give one for each, in this order: {order}"
+        )
+    theirs, ours = ([name.lower().replace("_", " ") for name in one] for one in (names, labels))
+    if theirs != ours and sorted(theirs) == sorted(ours):  # each name would silently stand for another class
+        name, label = next((names[place], labels[place]) for place in range(len(ours)) if theirs[place] != ours[place])
+        raise ValueError(
+            f"the class names are the labels in another order: {name!r} would name the class {label!r}; sort them as "
+            "the labels are, or leave them out"
         )
     return names
 

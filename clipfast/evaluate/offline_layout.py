@@ -258,7 +258,7 @@ def _shards(path: Path) -> str:
 def _text(path: Path) -> str:
     """Return the text of a file that describes a CLIP_benchmark set."""
     try:
-        return read_regular(path, MAX_SETTINGS).decode("utf-8")
+        return read_regular(path, MAX_SETTINGS).decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
 

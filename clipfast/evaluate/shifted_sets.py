@@ -110,7 +110,7 @@ def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
         raise ValueError(f"there is no file {names}")
     places = _object(mappings / "pytorch_to_imagenet_2012_id.json")
     number_at = {int(place): int(number) for number, place in places.items()}
-    lines = names.read_text(encoding="utf-8").splitlines()
+    lines = names.read_text(encoding="utf-8-sig").splitlines()
     numbers = {line.strip(): number_at.get(place) for place, line in enumerate(lines)}
     overlap = _object(mappings / "objectnet_to_imagenet_1k.json")
     found: dict[str, list[int]] = {}

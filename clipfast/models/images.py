@@ -210,7 +210,17 @@ def make_transform(
     steps = [v2.Lambda(to_rgb, Image.Image), *sized, *(augment if train else ()), v2.PILToTensor()]
     if not uint8:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    return v2.Compose(steps)
+    transform = v2.Compose(steps)
+    transform.register_forward_pre_hook(_check_picture)  # torchvision returns what it does not know as it is
+    return transform
+
+
+def _check_picture(_: nn.Module, inputs: tuple[object, ...]) -> None:
+    """Raise a TypeError if the input of the preprocessing is neither a PIL image nor a tensor."""
+    from PIL import Image
+
+    if not isinstance(inputs[0], Image.Image | Tensor):
+        raise TypeError(f"the preprocessing takes a PIL image, got {type(inputs[0]).__name__}")
 
 
 def _resizing(image_size: int, interpolation: str, resize_mode: str) -> list[nn.Module]:

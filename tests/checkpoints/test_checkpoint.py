@@ -39,6 +39,9 @@ def test_something_else_in_a_good_file(tmp_path):
         torch.save(content, tmp_path / "w.pt")
         with pytest.raises(CheckpointError, match="is not a checkpoint: it holds no tensors by name"):
             read_checkpoint(tmp_path / "w.pt")
+    torch.save({"model": {"a": torch.zeros(1)}, "step": 2}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="no tensors by name, but 'model', 'step'; save a state_dict"):
+        read_checkpoint(tmp_path / "w.pt")
 
 
 def test_damaged_files_raise_nothing_else(tmp_path):

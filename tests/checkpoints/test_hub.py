@@ -213,6 +213,8 @@ def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, 
         ("hf-hub:org/bare", None, "_pytorch_model.bin of hf-hub:org/bare is not in the cache .*HF_HUB_OFFLINE is set"),
         ("hf-hub:org/siglip", None, "hf-hub:org/siglip: .*pool_type.*open_clip.create_model"),
         ("ViT-B-16-Unknown", None, "unknown model 'ViT-B-16-Unknown'.*open_clip.create_model.*apply_to_open_clip"),
+        ("runs/weights.safetensors", None, "runs/weights.safetensors alone is no model: give the name of a model and"),
+        ("./none", None, "there is no file or folder ./none"),
         ("runs/demo", None, "no runs/demo in the folder runs; a repository on the hub is hf-hub:runs/demo"),
     ],
 )
@@ -220,6 +222,7 @@ def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, 
 def test_what_is_missing(name, pretrained, message, cache, tmp_path, vit, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
+    Path("runs/weights.safetensors").touch()
     config = vit.config.to_dict()
     for repository, changes in (("bare", {}), ("siglip", {"pool_type": "last"})):
         (tmp_path / repository).mkdir()

@@ -112,6 +112,13 @@ def test_a_wrong_call_is_one_line(arguments, disabled, message, capsys, monkeypa
     assert error.count("\n") == 1
 
 
+def test_a_module_that_its_package_lacks_is_a_line_and_no_traceback(program):
+    found = python(program, "-m", "clipfast.run", "package.modul")
+    assert (found.returncode, found.stderr) == (
+        2, f"clipfast.run: error: there is no module 'modul' in package\n{NEVER}\n"
+    )  # fmt: skip
+
+
 def test_help_and_a_part_that_is_switched_off(program, capsys):
     assert run.main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -40,6 +40,8 @@ def folder(tmp_path_factory):
     (folder / "classes" / "some" / "x.png").write_bytes(picture(0))
     (folder / "names.txt").write_text("one\ntwo\nthree\n")
     (folder / "bare.txt").write_text("a photo\n")
+    (folder / "turned.txt").write_text("b\nA\n", "utf-8-sig")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
     write_set(folder / "root" / "wds_mnist", images=4, draw=coded)
     return folder
 
@@ -87,6 +89,10 @@ WRONG = {
         "3 class names for 2 classes: give one for each, in this order: none, some",
     ),
     "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
+    "the labels in another order": (
+        SETS[:2], {"--classnames": "{at}/turned.txt"}, "in another order: 'b' would name the class 'a'; sort them",
+    ),
+    "names in another encoding": (PROMPTS[:2], {"--classnames": "{at}/latin.txt"}, "{at}/latin.txt is not UTF-8: "),
     "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
 }  # fmt: skip
 

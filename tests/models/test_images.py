@@ -158,6 +158,9 @@ def test_training_and_evaluation():
     assert torch.equal(make_transform(32, train=True, scale=(1.0, 1.0), uint8=True)(image), evaluate(image))
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close((evaluate(image) / 255 - mean) / std, image_transform(32, False)(image))
+    for other in ("a.png", np.zeros((40, 40, 3), np.uint8), None):
+        with pytest.raises(TypeError, match=f"takes a PIL image, got {type(other).__name__}"):
+            evaluate(other)
 
 
 @pytest.mark.parametrize("aug_cfg", [None, {"scale": (0.2, 0.6)}, {"scale": (1.0, 1.0)}])

@@ -178,6 +178,12 @@ def test_a_model_in_8_bits_finds_the_same(prefix, whole, faulty, tmp_path, capsy
 
 def test_a_model_of_open_clip_gives_the_same(whole, faulty, tmp_path, capsys):
     pytest.importorskip("open_clip")
+    for weights in ({"a": torch.zeros(1)}, {"positional_embedding": torch.zeros(77, 4)}):  # of another model
+        torch.save(weights, tmp_path / "w.pt")
+        words = options(faulty, tmp_path / "e", model="open_clip:ViT-S-32-alt", pretrained=tmp_path / "w.pt")
+        code, _, err = run_command(capsys, *words)
+        assert code == 2
+        assert "OpenCLIP does not build ViT-S-32-alt with " in err.splitlines()[-1]
     ours = Embeddings.open(whole)
     theirs, _ = make(capsys, faulty, tmp_path / "e", model=f"open_clip:local-dir:{faulty}/model")
     both = ((one.features, one.text_features) for one in (theirs, ours))
