@@ -248,6 +248,7 @@ WRONG = {
     "cluster embedded --k 2 --names data.txt --label-by key": "give either --label-by or --names",
     "classify one.png --model local-dir:model": "give either --labels or --classnames",
     "classify one.png --model local-dir:model --labels a a": "--labels names 'a' twice",
+    "classify one.png --model local-dir:model --labels a": "the only label is 'a', whose softmax is 1: give several",
 }
 
 
