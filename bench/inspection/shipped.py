@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from clipfast.kernels.contrastive.spec import SHIPPED_STRIPS, Strip
+from clipfast.kernels.contrastive.modes import MODES
+from clipfast.kernels.contrastive.spec import STRIPS
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES, has_fp8
 from clipfast.kernels.implementations import bias_act_fp8_bwd, layer_norm_fp8_bwd
@@ -70,11 +71,12 @@ def small_tile_problems(arch: int) -> tuple[str, ...]:
 
 
 def shipped_cases() -> dict[str, Case]:
-    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``; strips; and the backward
-    kernels of whole blocks in 8 bits, which write the results of their ops once more.
+    """Return the shipped calls, each forward and backward, by name: ``<op> <label> <dtype>``; all strips in each mode,
+    most of which share their kernels; and the backward kernels of whole blocks in 8 bits, which write the results of
+    their ops once more.
     """
     strips: dict[str, Case] = {
-        strip_name(strip, mode): functools.partial(run_strip, strip, mode) for strip, mode in SHIPPED_STRIPS
+        f"distributed_contrastive_loss {mode} bf16": functools.partial(run_strips, mode) for mode in MODES
     }
     return shipped_calls() | strips | _of_blocks()
 
@@ -106,14 +108,14 @@ def _of_blocks() -> dict[str, Case]:
     return cases
 
 
-def strip_name(strip: Strip, mode: str) -> str:
-    """Return the name of the shipped case of a strip of the loss of all ranks in a mode."""
-    return f"distributed_contrastive_loss b{strip.rows} N{strip.pairs} D{strip.embed_dim} {mode} bf16"
+def run_strips(mode: str) -> None:
+    """Run the loss of all ranks on fake tensors as one of them, for each strip, to record its launches.
 
-
-def run_strip(strip: Strip, mode: str) -> None:
-    """Run the loss of all ranks on fake tensors as one of them, to record its launches."""
-    run_loss(Problem(strip.pairs, strip.pairs // strip.rows, torch.bfloat16, strip.embed_dim), mode, None)
+    In the ring, 16 ranks launch the same kernels as more of them would, since each block has the texts of one rank.
+    """
+    for rows, pairs, embed_dim in STRIPS:
+        ranks = 16 if mode == "ring" else pairs // rows
+        run_loss(Problem(ranks * rows, ranks, torch.bfloat16, embed_dim), mode, None)
 
 
 @functools.cache

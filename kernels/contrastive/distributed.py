@@ -24,7 +24,7 @@ follow them one step later. "scalars" collects texts and images. Gradients, and 
 the next block is computed.
 
 The table leaves out vectors, which are in float32: in the forward pass a rank sends 5 (W-1) b such numbers (7 (W-1) b
-in "gather" and "ring"), and it holds at most 10 N + b of them. It also leaves out the memory of a block while it
+in "gather" and "ring"), and it holds at most 9 N + 2 b of them. It also leaves out the memory of a block while it
 is computed. ``clipfast plan`` counts all of this.
 
 Methods: the loss over a rank's own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023
@@ -43,7 +43,7 @@ from torch._compile import _disable_dynamo
 from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
 from .contrastive import contrastive_loss
-from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal, gpus_per_node
+from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal, gpus_per_node, start_gather
 from .modes import MODES, choose_mode
 from .shared import check_pairs, logit_blocks, new_gradient, operand_dtype, scale_gradient, scale_tensor
 from .stats import Normalizers, SoftmaxStats, merge, new_stats
@@ -69,7 +69,7 @@ class RankStats(NamedTuple):
     row: tuple[Tensor, Tensor]  # maximum and sum, each [b]
     col: tuple[Tensor, Tensor]  # maximum and sum in every block of logits that has a part of the columns, [blocks, b]
     positive: Tensor  # [b], logits of the pairs
-    uses_shared_shift: Tensor  # [] int8, as in SoftmaxStats
+    uses_shared_shift: Tensor  # [any] int8, as in SoftmaxStats
     gathered: tuple[Tensor, ...]  # features of all ranks, [N, D] each, for the backward pass
 
 
@@ -85,7 +85,7 @@ class _RankLoss(torch.autograd.Function):
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))
         found = (_stats_from_strips if options.mode == "scalars" else _stats_from_rows)(x, y, logit_scale, options)
         mine, one_minus_p, loss = blocks.rank_terms(*found[:4], _pair_weight(ranks))
-        everyones = ranks.gather(mine).T.contiguous()  # [5, N]
+        everyones = ranks.gather(mine)  # [N, 5]
         ctx.options = options
         ctx.save_for_backward(image, text, logit_scale, everyones, one_minus_p, *found.gathered)
         return loss
@@ -111,26 +111,19 @@ class _RankGradients(torch.autograd.Function):
         """Compute the gradients of this rank's features and the scale in the contrastive loss of all ranks."""
         ranks, blocks = options.ranks, logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize) for side in (image, text))
-        # G may be rounded to 16 bits. The upstream gradients of the ranks' losses could be too small or too large for
-        # that, so they are divided by the largest of them before they enter G.
-        grads = gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group)
-        largest = grads.abs().amax()
-        share = ranks.spread(grads / largest.clamp(min=torch.finfo(one_minus_p.dtype).tiny))  # [N]
-        row, col = vectors = everyones[:4].clone().view(2, 2, -1)
-        vectors[:, 1].mul_(share)
-        normalizers = Normalizers(row, col, (everyones[4] > 0).all().view(torch.int8))
+        grads = ranks.spread(gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group))
+        normalizers, one_minus_p, coefficient, factor = blocks.rank_weights(
+            everyones, grads, one_minus_p, ranks.own, logit_scale, _pair_weight(ranks)
+        )
         accumulate = _accumulate_strips if options.mode == "scalars" else _accumulate_rows
         acc_x, result_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)
-        coefficient = largest * _pair_weight(ranks)
-        one_minus_p = one_minus_p * share[ranks.own]
-        factor = coefficient * logit_scale
         image_grad = new_gradient(image)
         parts = [*scale_sums, blocks.finish(acc_x, x, y.rows, 0, one_minus_p, factor, image_grad)]
+        of_scale = start_gather(scale_gradient(parts, coefficient), ranks.group)
         acc_y = result_y()  # waits until the other ranks' sums have arrived
         text_grad = new_gradient(text)
         blocks.finish(acc_y, y, x.rows, 0, one_minus_p, factor, text_grad)
-        of_scale = scale_gradient(parts, coefficient)
-        return image_grad, text_grad, gather_equal(of_scale, ranks.group).mean()
+        return image_grad, text_grad, of_scale.wait().mean()
 
     @staticmethod
     def backward(*_: Any) -> None:
@@ -148,7 +141,7 @@ def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softm
     if len(x) == 0 or len(y) == 0:
         # All blocks subtract the same number from their logits before exp, if its sums are exact in each block. A block
         # without logits must not prevent this, so its flag is 1.
-        return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
+        return new_stats(x, y)._replace(uses_shared_shift=torch.ones(1, dtype=torch.int8, device=x.device))
     return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 
 
@@ -165,7 +158,7 @@ def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Optio
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
     of_images = _statistics(x, all_y, logit_scale, ranks.own.start)
     of_texts = _statistics(y, all_x, logit_scale, ranks.own.start)
-    uses_shared_shift = of_images.uses_shared_shift * of_texts.uses_shared_shift
+    uses_shared_shift = torch.cat([of.uses_shared_shift.view(-1) for of in (of_images, of_texts)])
     col = of_texts.row_max[None], of_texts.row_sum[None]
     return RankStats(of_images.rows, col, of_images.positive, uses_shared_shift, gathered)
 
@@ -188,11 +181,11 @@ def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options
         for cols, block in source
     ]
     positive = parts[0][1].positive  # the first block has the pairs
-    row, uses_shared_shift = parts[0][1].rows, parts[0][1].uses_shared_shift
+    row, uses_shared_shift = parts[0][1].rows, parts[0][1].uses_shared_shift.view(-1)
     col_max, col_sum = parts[0][1].cols
     if len(parts) > 1:
         row = merge([part.rows for _, part in parts])
-        uses_shared_shift = torch.stack([part.uses_shared_shift for _, part in parts]).amin()
+        uses_shared_shift = torch.cat([part.uses_shared_shift.view(-1) for _, part in parts])
         parts.sort(key=lambda item: item[0])
         col_max, col_sum = (torch.cat(vectors) for vectors in zip(*(part.cols for _, part in parts), strict=True))
     received = ranks.to_owners(torch.stack([col_max, col_sum], dim=1))  # [ranks, b, 2]
@@ -226,7 +219,7 @@ def _accumulate_rows(
     Each rank sends its part of G^T x to the ranks that own the texts, and receives the other parts for its own texts.
     """
     ranks, blocks = options.ranks, logit_blocks(x.device)
-    columns = blocks.columns_of_block(x, ranks.total)
+    columns = blocks.columns_of_block(len(x), ranks.total, x.shape[1], x.dtype)
     source: Iterable[tuple[list[range], Tensor]]
     reduce: OwnerReduce | RingReduce
     if options.mode == "gather":

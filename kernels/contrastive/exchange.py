@@ -24,17 +24,6 @@ from torch import Tensor
 GROUP_BYTES = 6e6
 
 
-def group_size(sizes: Sequence[int], row_bytes: int) -> int:
-    """Return how many ranks' gradients, in rows of ``row_bytes``, are sent as one group.
-
-    A group costs launches, and nothing is computed while the gradients of the last group are sent. Both together take
-    the least time if there are sqrt(all bytes / GROUP_BYTES) groups. A power of two makes whole waves of programs more
-    often.
-    """
-    groups = 2 ** round(max(0.0, math.log2(max(1.0, sum(sizes) * row_bytes) / GROUP_BYTES) / 2))
-    return -(-len(sizes) // min(groups, len(sizes)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     """The processes that share a batch. Rank r holds ``sizes[r]`` rows; the batch is all of them in order of rank."""
@@ -66,10 +55,13 @@ class Ranks:
     def groups(self, row_bytes: int, columns: int) -> list[range]:
         """Return the ranks in groups of neighbours, whose gradients, in rows of ``row_bytes``, are sent together.
 
-        A group of several ranks has at most ``columns`` columns, unless that is 0.
+        A group costs launches, and nothing is computed while the gradients of the last group are sent. Both together
+        take the least time if there are sqrt(all bytes / GROUP_BYTES) groups. A power of two makes whole waves of
+        programs more often. A group of several ranks has at most ``columns`` columns, unless that is 0.
         """
+        groups = 2 ** round(max(0.0, math.log2(max(1.0, self.total * row_bytes) / GROUP_BYTES) / 2))
         count, most = len(self.sizes), max(1, columns // max(1, *self.sizes))
-        size = min(group_size(self.sizes, row_bytes), most if columns else count)
+        size = min(-(-count // groups), most if columns else count)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def blocks(self, groups: Sequence[range], columns: int) -> list[list[range]]:
@@ -112,7 +104,9 @@ class Ranks:
         return out
 
     def spread(self, of_ranks: Tensor) -> Tensor:
-        """Return [N]: for each row of logits, the entry of ``of_ranks`` [ranks] for the rank that holds the row."""
+        """Return ``of_ranks`` [ranks] if each rank holds as many rows; otherwise [N], the entry of each row's rank."""
+        if min(self.sizes) == max(self.sizes):
+            return of_ranks
         return torch.cat([value.expand(size) for value, size in zip(of_ranks, self.sizes, strict=True)])
 
     def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -181,23 +175,28 @@ def check_ranks(op: str, rank: int, world_size: int) -> None:
 
 def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """Collect the tensors [...] of all ranks, which have one shape, into [ranks, ...] on every rank."""
-    out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+    return start_gather(tensor, group, is_async=False).wait()
+
+
+def start_gather(tensor: Tensor, group: "dist.ProcessGroup | None", *, is_async: bool = True) -> "Transfer":
+    """Start to collect the tensors of all ranks as :func:`gather_equal` does."""
+    sent, out = tensor.contiguous(), tensor.new_empty(dist.get_world_size(group), *tensor.shape)
     # Since PyTorch 2.13, the function is called all_gather_single.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out.view(-1), tensor.contiguous().view(-1), group=group)
-    return out
+    work = gather(out.view(-1), sent.view(-1), group=group, async_op=is_async)
+    return Transfer([work] if work else [], sent, out)
 
 
 @dataclasses.dataclass
 class Transfer:
-    """A transfer in the ring: one block is being sent while another one is being received."""
+    """A transfer between ranks: one block is being sent while another one is being received."""
 
     works: "list[dist.Work]"
     sent: Tensor  # the block that is sent, kept so that its memory is not reused until then
     received: Tensor
 
     def wait(self) -> Tensor:
-        """Return the received block of features; operations that are started from now on can use it."""
+        """Return the received block; operations that are started from now on can use it."""
         for work in self.works:
             work.wait()
         return self.received

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..common import LOG2E, cdiv, slices
-from ..configs import GemmConfig, RowConfig, gemm_config, planned
-from ..launch import Plan, arch_of, launch
+from ..configs import GemmConfig, gemm_config, planned
+from ..launch import Plan, arch_of
 from .block_sizes import edges_of, most_bytes, segments_of_column
 from .kernels import _finish_kernel, _sigmoid_pairs_kernel, _sigmoid_sums_kernel
-from .merge_kernels import _rank_terms_kernel
 from .operands import (
     Layout,
     TilePlan,
@@ -34,17 +33,17 @@ from .operands import (
     vector,
 )
 from .products import add_products, add_strip, scale_of_grad
+from .ranks import rank_terms, rank_weights
 from .softmax_kernels import _pairs_kernel, _stats_kernel
 from .stats import Features, Normalizers, SoftmaxStats, pairs_in
 from .strips import parts_of
 
-__all__ = ["add_strip", "prepare"]  # the losses call them as functions of this module
+__all__ = ["add_strip", "prepare", "rank_terms", "rank_weights"]  # the losses call them as functions of this module
 
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
 MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row: those of a square block
 CHUNK = 16  # the kernel for pairs adds the sums of this many tiles at a time
-TERMS = RowConfig(block_m=64, block_n=32, num_warps=4, num_stages=1)  # a program merges block_n blocks at a time
 
 
 @contextlib.contextmanager
@@ -85,8 +84,8 @@ def strips(x: Tensor, y: Tensor) -> list[slice]:
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Return the statistics of the logits of x against y."""
-    row, col, positive, _, uses_shared_shift = _pairs(x, y, logit_scale, offset, is_loss=False, both=True)
-    return SoftmaxStats(row[0], row[1], col[0], col[1], positive, uses_shared_shift)
+    row, col, positive, _, flags = _pairs(x, y, logit_scale, layout_of(x, y, offset), is_loss=False, both=True)
+    return SoftmaxStats(row[0], row[1], col[0], col[1], positive, flags)
 
 
 def pair_losses(
@@ -97,48 +96,23 @@ def pair_losses(
     Also return uses_shared_shift, as in :class:`.stats.SoftmaxStats`. The features are as a loss gets them.
     """
     x, y = (side.rows for side in prepare_both(x, y, dtype, normalize=normalize))
-    row, col, _, loss, uses_shared_shift = _pairs(x, y, logit_scale, offset, is_loss=True, both=both)
-    return loss, row, col, uses_shared_shift
-
-
-def rank_terms(
-    row: tuple[Tensor, Tensor], col: tuple[Tensor, Tensor], positive: Tensor, uses_shared_shift: Tensor, weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a rank sends of its b pairs [b, 5], one_minus_p [b], and ``weight`` times the sum of the losses [].
-
-    Args:
-        row: maximum and sum of each row of logits, [b] each.
-        col: maximum and sum of each column in every block that has a part of it, [blocks, b] each, in one layout.
-        positive: [b], the logits of the pairs.
-        uses_shared_shift: [] int8.
-        weight: the weight of a pair in the loss.
-    """
-    (blocks, rows), (stride_block, stride_n) = col[0].shape, col[0].stride()
-    programs = cdiv(rows, TERMS.block_m)
-    sent, one_minus_p = vector(positive, rows, 5), vector(positive, rows)
-    losses, loss = vector(positive, programs), vector(positive)
-    launch(
-        _rank_terms_kernel, (programs,), *row, *col, positive, uses_shared_shift, sent, one_minus_p, losses,
-        rows, blocks, stride_block, stride_n,
-        config=TERMS, device=positive.device, BLOCK_M=TERMS.block_m, BLOCK_N=TERMS.block_n,
-    )  # fmt: skip
-    total = totals_plan(positive.device, 1, programs, weight, has_flags=False, has_grad_loss=False)
-    total.start(losses, losses, loss, loss, loss, losses)
-    return sent, one_minus_p, loss
+    layout = layout_of(x, y, offset)
+    row, col, _, losses, flags = _pairs(x, y, logit_scale, layout, is_loss=True, both=both)
+    loss, flag = vector(x), losses.new_empty((), dtype=torch.int8)
+    _total_of_pairs(layout, both).start(losses, flags, loss, loss, loss, flag)
+    return loss, row, col, flag
 
 
 def _pairs(
-    x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, *, is_loss: bool, both: bool
+    x: Tensor, y: Tensor, logit_scale: Tensor, layout: Layout, *, is_loss: bool, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the results of ``_pairs_kernel``: row [3, M], col [3, N], positive [M], loss [], uses_shared_shift []."""
-    layout = layout_of(x, y, offset)
-    programs, total = _totals_of_pairs(layout, is_loss, both)
+    """Return the results of ``_pairs_kernel``: row [3, M], col [3, N], positive [M], losses and flags [programs]."""
+    programs = programs_of_pairs(layout)[0]
     row, col, positive = vector(x, 3, layout.m), vector(x, 3, layout.n), vector(x, layout.m)
-    losses, loss = vector(x, programs), vector(x)
-    flags, flag = losses.new_empty(programs, dtype=torch.int8), losses.new_empty((), dtype=torch.int8)
+    losses = vector(x, programs)
+    flags = losses.new_empty(programs, dtype=torch.int8)
     start_pairs(x, y, logit_scale, layout, positive, row, col, losses, flags, is_loss=is_loss, both=both)
-    total.start(losses, flags, loss, loss, loss, flag)
-    return row, col, positive, loss, flag
+    return row, col, positive, losses, flags
 
 
 def start_pairs(
@@ -163,12 +137,12 @@ def programs_of_pairs(layout: Layout) -> tuple[int, int, int]:
 
 
 @planned
-def _totals_of_pairs(layout: Layout, is_loss: bool, both: bool) -> tuple[int, Plan]:
-    """Return the number of programs of ``_pairs_kernel``, and the plan that totals their losses and merges flags."""
+def _total_of_pairs(layout: Layout, both: bool) -> Plan:
+    """Return the plan that totals the losses of the programs of ``_pairs_kernel``, and merges their flags."""
     paired, _ = pairs_in(layout.m, layout.n, layout.offset)
-    programs, terms = programs_of_pairs(layout)[0], (2 if both else 1) * (paired.stop - paired.start)
-    weight = mean_of(terms) if is_loss else 0.0
-    return programs, totals_plan(layout.device, 1, programs, weight, has_flags=True, has_grad_loss=False)
+    weight = mean_of((2 if both else 1) * (paired.stop - paired.start))
+    programs = programs_of_pairs(layout)[0]
+    return totals_plan(layout.device, 1, programs, weight, has_flags=True, has_grad_loss=False)
 
 
 def mean_of(terms: int) -> float:
@@ -255,12 +229,13 @@ def add_gradients(
     return scale_sums if x.dtype.itemsize == 2 else None
 
 
-def columns_of_block(x: Tensor, columns: int) -> int:
-    """Return the most columns of a block of G for :func:`.products.add_strip`, which has all rows x, given the number
-    of columns in all; or 0 if there is no such block.
+def columns_of_block(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+    """Return the most columns of a block of G for :func:`.products.add_strip`, which has all ``rows``.
+
+    ``columns`` is the number of columns in all, for features of ``width`` numbers. If there is no such block, return 0.
     """
-    most = min(most_bytes(columns, x.shape[1]) // x.dtype.itemsize, MAX_EDGE**2)
-    return most // len(x) if 0 < len(x) <= MAX_EDGE else 0
+    most = min(most_bytes(columns, width) // dtype.itemsize, MAX_EDGE**2)
+    return most // rows if 0 < rows <= MAX_EDGE else 0
 
 
 def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:

@@ -108,18 +108,25 @@ def _rank_terms_kernel(
     row_max_ptr, row_sum_ptr,  # [N] fp32, of this rank's rows
     col_max_ptr, col_sum_ptr,  # [blocks, N] fp32, of this rank's columns in each block of logits
     positive_ptr,  # [N] fp32, the logits of the pairs
-    uses_shared_shift_ptr,  # [] int8
+    uses_shared_shift_ptr,  # [flags] int8
     out_ptr,  # [N, 5] fp32, contiguous
     one_minus_p_ptr,  # [N] fp32
     loss_ptr,  # [programs] fp32
-    N, blocks, stride_block, stride_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, blocks, stride_block, stride_n, flags,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Store what each rank sends of its BLOCK_M pairs: maximum and inv_denom of the row, the same of the column, and
-    uses_shared_shift. Also store one_minus_p, summed over both directions, and the sum of the losses.
+    whether all flags are 1. Also store one_minus_p, summed over both directions, and the sum of the losses.
     """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = offs < N
+    out = out_ptr + offs * 5
+    flag = tl.full((BLOCK_FLAGS,), 1, tl.int32)
+    for first in range(0, flags, BLOCK_FLAGS):
+        others = first + tl.arange(0, BLOCK_FLAGS)
+        flag = tl.minimum(flag, tl.load(uses_shared_shift_ptr + others, mask=others < flags, other=1).to(tl.int32))
+    uses_shared_shift = tl.min(flag, 0).to(tl.float32)
+    tl.store(out + 4, uses_shared_shift + tl.zeros((BLOCK_M,), tl.float32), mask=mask)
     positive = tl.load(positive_ptr + offs, mask=mask, other=0.0)
     row_max = tl.load(row_max_ptr + offs, mask=mask, other=0.0)
     row_sum = tl.load(row_sum_ptr + offs, mask=mask, other=0.0)
@@ -137,11 +144,58 @@ def _rank_terms_kernel(
         col_max = maximum
     row_loss, row_inv, row_one_minus_p = _terms(row_max, row_sum, positive)
     col_loss, col_inv, col_one_minus_p = _terms(col_max, col_sum, positive)
-    out = out_ptr + offs * 5
     tl.store(out, row_max, mask=mask)
     tl.store(out + 1, row_inv, mask=mask)
     tl.store(out + 2, col_max, mask=mask)
     tl.store(out + 3, col_inv, mask=mask)
-    tl.store(out + 4, tl.load(uses_shared_shift_ptr).to(tl.float32) + tl.zeros((BLOCK_M,), tl.float32), mask=mask)
     tl.store(one_minus_p_ptr + offs, row_one_minus_p + col_one_minus_p, mask=mask)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(mask, row_loss + col_loss, 0.0), 0))
+
+
+@triton.jit
+def _rank_weights_kernel(
+    terms_ptr,  # [N, 5] fp32, contiguous: ``out`` of _rank_terms_kernel, of all ranks
+    grads_ptr,  # [count] fp32: gradients of the losses; each belongs to ``length`` of the N pairs
+    one_minus_p_ptr,  # [own] fp32, of this rank's pairs
+    scale_ptr,  # [] fp32
+    vectors_ptr,  # [4, N] fp32: maximum and inv_denom of the rows, then of the columns
+    flag_ptr,  # [] int8
+    weighted_ptr,  # [own] fp32
+    coefficient_ptr, factor_ptr,  # [] fp32
+    N, count, length, start, own, weight,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Multiply the terms of BLOCK_M pairs by their share of the largest gradient of a loss.
+
+    share_i = grad_i / max |grad|;  coefficient = weight * max |grad|;  factor = coefficient * scale
+
+    Store the maxima and share * inv_denom of all pairs, and share * one_minus_p of this rank's pairs, which begin at
+    ``start``. Also store in ``flag`` whether all ranks use one shift.
+    """
+    pid = tl.program_id(0)
+    flag, largest = tl.full((BLOCK_N,), 1.0, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, count, BLOCK_N):
+        others = first + tl.arange(0, BLOCK_N)
+        held = others < count
+        largest = tl.maximum(largest, tl.abs(tl.load(grads_ptr + others, mask=held, other=0.0)))
+        places = others.to(tl.int64) * length
+        flag = tl.minimum(flag, tl.load(terms_ptr + places * 5 + 4, mask=held & (places < N), other=1.0))
+    most = tl.max(largest, 0)
+    offs = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = offs < N
+    grad = tl.load(grads_ptr + offs // length, mask=mask, other=0.0)
+    least = tl.full((BLOCK_M,), 1.1754943508222875e-38, tl.float32)  # the least normal number: G may have no gradient
+    share = tl.div_rn(grad, tl.maximum(least, most))
+    terms = terms_ptr + offs.to(tl.int64) * 5
+    for side in tl.static_range(2):
+        tl.store(vectors_ptr + 2 * side * N + offs, tl.load(terms + 2 * side, mask=mask, other=0.0), mask=mask)
+        inv_denom = tl.load(terms + 2 * side + 1, mask=mask, other=0.0)
+        tl.store(vectors_ptr + (2 * side + 1) * N + offs, inv_denom * share, mask=mask)
+    mine = offs - start
+    is_mine = mask & (mine >= 0) & (mine < own)
+    one_minus_p = tl.load(one_minus_p_ptr + mine, mask=is_mine, other=0.0)
+    tl.store(weighted_ptr + mine, one_minus_p * share, mask=is_mine)
+    if pid == 0:
+        tl.store(flag_ptr, tl.min(flag, 0).to(tl.int8))
+        tl.store(coefficient_ptr, most * weight)
+        tl.store(factor_ptr, most * weight * tl.load(scale_ptr))

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from ..hardware import CARDS, Cluster
-from .exchange import group_size
+from .exchange import Ranks
+from .launches import columns_of_block
 
 MODES = ("gather", "ring", "scalars")
 # FLOP/s of 16-bit products in the kernels of strips: about 0.8 of the 700 TFLOP/s that the power of an H100 allows.
@@ -70,7 +71,8 @@ def mode_seconds(
         backward = 3 * product / ranks + PER_BLOCK
         steps = max(forward, sent(row, is_ring=True)) + max(backward, sent(row + grad_row, 2, is_ring=True))
         return (ranks - 1) * steps + forward + backward + sent(grad_row, is_ring=True) + to_owners
-    groups = -(-ranks // group_size(sizes, grad_row))
+    columns = columns_of_block(rows, pairs, embed_dim, dtype)
+    groups = len(Ranks(None, 0, tuple(sizes)).groups(grad_row, columns))
     backward = 3 * product / groups + PER_BLOCK
     wire = (ranks - 1) * sent(grad_row) / groups
     forward = product + PER_STATS

@@ -127,15 +127,11 @@ GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 ONE_BLOCK = ("_gradients_kernel", "_through_norm_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
 GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
-# STRIPS are the strips of the distributed loss whose time is predicted. The offline compiler compiles three of them, the
-# SHIPPED_STRIPS, each with its mode.
+# The strips of the distributed loss whose time is predicted, and whose kernels the offline compiler compiles.
 STRIPS = tuple(
     Strip(rows, pairs, width)
     for rows, pairs in ((256, 8192), (1024, 32768), (2048, 65536), (4096, 262144))
     for width in (512, 768, 1024, 1280)
-)
-SHIPPED_STRIPS = tuple(
-    (Strip(*sizes), "gather") for sizes in ((256, 8192, 512), (1024, 32768, 768), (4096, 262144, 1280))
 )
 PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
 SMALL_PRODUCTS = tuple(
@@ -152,7 +148,7 @@ SPECS = (
         op=contrastive_loss, reference=reference.contrastive_loss, make=functools.partial(make, ("image", "text")), cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
         suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS, *ONE_BLOCK, "_strip_products_kernel",
-                 "_rank_terms_kernel"),
+                 "_rank_terms_kernel", "_rank_weights_kernel"),
         # In the forward pass, one product gives both log-sum-exps. The backward pass recomputes it, and computes one more
         # product for each of the two gradients. A version that keeps the N x N matrix needs no recomputation (6 N^2 D): it may be faster than this
         # floor if the matrix fits into memory.

@@ -64,7 +64,8 @@ class SoftmaxStats(NamedTuple):
     col_max: Tensor  # [N]
     col_sum: Tensor  # [N]
     positive: Tensor  # [M], the logit of each row's pair; undefined in a row without a pair
-    uses_shared_shift: Tensor  # [] int8, 1 if every maximum is the shared shift, otherwise 0
+    # [] or [any] int8, all 1 if every maximum is the shared shift
+    uses_shared_shift: Tensor
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -101,6 +102,19 @@ class Normalizers(NamedTuple):
     def part(self, rows: slice, cols: slice) -> "Normalizers":
         """Return the normalizers of a block of the logits."""
         return Normalizers(self.row[:, rows], self.col[:, cols], self.uses_shared_shift)
+
+
+class RankWeights(NamedTuple):
+    """What the gradients of the pairs of one rank need, if the losses of the ranks have different gradients.
+
+    The share of a pair is the gradient of its rank's loss over the largest one of all ranks. G may be rounded to 16
+    bits, for which the gradients themselves could be too small or too large.
+    """
+
+    normalizers: Normalizers  # of the logits of all ranks; inv_denom is multiplied by the share
+    one_minus_p: Tensor  # [b], of this rank's pairs, times the share
+    coefficient: Tensor  # [], the largest gradient times the weight of a pair in the loss
+    factor: Tensor  # [], coefficient times the scale of the logits
 
 
 def new_stats(x: Tensor, y: Tensor) -> SoftmaxStats:

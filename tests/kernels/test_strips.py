@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import launch
-from clipfast.kernels.contrastive import launches, strips
+from clipfast.kernels.contrastive import cpu, launches, strips
 from clipfast.kernels.contrastive.exchange import Ranks
 from clipfast.kernels.contrastive.modes import MODES, choose_mode, mode_seconds
 from clipfast.kernels.contrastive.spec import small_tiles
 from clipfast.kernels.contrastive.stats import Normalizers
+
+from .conftest import needs_sanitizer
 
 
 def gradients(x, y, acc_x, **options):
@@ -43,10 +45,8 @@ def test_parts_add_up(rows, cols, arch, dtype, monkeypatch, interpreted):
     assert (gradients(x, y, twice)[0] - 2 * expected[0]).norm() <= 1e-6 * expected[0].norm()
 
 
-@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.float16)], ids=str)
-@pytest.mark.parametrize("new", [(37, 40), (3, 48, 40)], ids=["one accumulator", "three"])
-def test_groups_of_columns_share_a_block(new, arch, dtype, monkeypatch, interpreted):
-    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+def hold_groups(new, dtype):
+    """Check the products of groups of columns that share a block of G, with accumulators of the size ``new``."""
     widths = [24, 40, 8, 16, 48]
     x, y = (F.normalize(torch.randn(count, 40), dim=-1).to(dtype) for count in (37, sum(widths)))
     row, col = (0.01 * torch.rand(2, len(side)) for side in (x, y))
@@ -65,6 +65,44 @@ def test_groups_of_columns_share_a_block(new, arch, dtype, monkeypatch, interpre
         assert of_scale == [None] * len(of_scale)
     else:
         assert (torch.cat(of_scale).sum() - 2 * expected.sum()).abs() <= 1e-5 * expected.abs().sum()
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.float16)], ids=str)
+@pytest.mark.parametrize("new", [(37, 40), (3, 48, 40)], ids=["one accumulator", "three"])
+def test_groups_of_columns_share_a_block(new, arch, dtype, monkeypatch, interpreted):
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+    hold_groups(new, dtype)
+
+
+def hold_ranks(flag):
+    """Check the kernels that compute the terms of the loss of all ranks, and what its gradients need, for 35 ranks."""
+    ranks, rows = 35, 70
+    maxima, sums, terms = torch.randn(ranks, rows), torch.rand(ranks, rows), torch.rand(ranks * rows, 5)
+    maxima[3], sums[3] = float("-inf"), 0.0  # a rank without images
+    flags, terms[:, 4] = torch.ones(40, dtype=torch.int8), 1.0
+    flags[-1] = terms[-rows:, 4] = flag
+    col = torch.stack([maxima, sums], dim=2).unbind(2)
+    of_terms = (torch.randn(rows), torch.rand(rows)), col, torch.randn(rows), flags, 0.5
+    for grads in (torch.randn(ranks), torch.randn(ranks * rows), torch.zeros(ranks)):
+        of_weights = terms, grads, torch.rand(rows), slice(rows, 2 * rows), torch.tensor(3.0), 0.5
+        for function, args in (("rank_terms", of_terms), ("rank_weights", of_weights)):
+            found, expected = (getattr(blocks, function)(*args) for blocks in (launches, cpu))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("flag", [1, 0])
+def test_terms_of_all_ranks(flag, interpreted):
+    hold_ranks(flag)
+
+
+@needs_sanitizer
+class TestSanitized:
+    @pytest.mark.parametrize("new", [(37, 40), (3, 48, 40)], ids=["one accumulator", "three"])
+    def test_groups_of_columns(self, new, sanitizer):
+        hold_groups(new, torch.float32)
+
+    def test_terms_of_all_ranks(self, sanitizer):
+        hold_ranks(0)
 
 
 @pytest.mark.parametrize("sizes", [[1024] * 32, [0, 8, 7, 16, 24, 8, 0, 8], [9]], ids=str)
@@ -108,6 +146,14 @@ def test_a_strip_fills_the_gpu():
 def test_mode(sizes, width, dtype, gpus_per_node, mode):
     times = {one: mode_seconds(one, sizes, width, dtype, gpus_per_node) for one in MODES}
     assert min(times, key=times.__getitem__) == choose_mode(sizes, width, dtype, gpus_per_node) == mode, times
+
+
+def test_the_time_of_a_mode_counts_the_groups_that_fit_into_a_block():
+    # For 4,096 pairs on each of 64 GPUs, eight groups would be sent fastest, but a block holds four ranks' columns.
+    of = functools.partial(mode_seconds, "gather", [4096] * 64, 512, torch.bfloat16)
+    in_large_blocks = of()
+    with launches.small_blocks(4096):  # a block holds the columns of one rank
+        assert of() > in_large_blocks
 
 
 def test_the_mode_does_not_gather_more_than_fits():
