@@ -101,7 +101,8 @@ def inspect_all(archs: Sequence[int] = ARCHS, *, texts: Sequence[str] = ("",), j
         raise ValueError(f"unknown architecture {unknown[0]}: known are {', '.join(map(str, ARCHS))}")
     cases = [case for case in shipped_cases() if _contains(case, texts)]
     if not cases:
-        raise ValueError(f"no case contains {_alternatives(texts)}; there are: {'; '.join(shipped_cases())}")
+        ops = dict.fromkeys(case.split()[0] for case in shipped_cases())
+        raise ValueError(f"no case contains {_alternatives(texts)}; there are cases of {', '.join(ops)}")
     tasks = [task for task in itertools.product(dict.fromkeys(archs), cases) if compiles_for(*reversed(task))]
     found = each(offline.spread(_inspect, tasks, jobs), "compiling", "case", len(tasks))
     return [report for reports in found for report in reports]
