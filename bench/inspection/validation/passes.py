@@ -134,6 +134,30 @@ def flex_backward(folder: Path, length: int, causal: bool) -> list[Work]:  # noq
     return [of(found, 10.0 * length**2 * 64 * 128 / (1 + causal))]
 
 
+def separate_backward(folder: Path, length: int) -> list[Work]:
+    """Launch the backward pass of a causal attention in three kernels: 64 query heads that share 4 key heads of 128."""
+    attend = module(folder, "attention in separate kernels").triton_fa2
+    found = _grouped_backward(attend, length, length)
+    return [of(found, 5.0 * length**2 * 64 * 128)]
+
+
+def compressed_backward(folder: Path, length: int) -> list[Work]:
+    """Launch the backward pass of an attention to every sixteenth key, in the same heads as the one above."""
+    attend = module(folder, "compressed attention").compress_attn
+    return [of(_grouped_backward(attend, length, (length - 32) // 16 + 1, 32, 16))]
+
+
+def _grouped_backward(attend: Any, queries: int, keys: int, *more: int) -> Recorded:
+    """Record the backward pass of ``attend`` for tensors [1, length, heads, 128]."""
+    tensors = [half(1, queries, 64, 128, dtype=BF16, grad=True)]
+    tensors += [half(1, keys, 4, 128, dtype=BF16, grad=True) for _ in range(2)]
+    with recording():
+        out, _ = attend(*tensors, *more)
+    with recording() as found:
+        out.backward(torch.empty_like(out))
+    return found
+
+
 def _forward_and_backward(apply: Any, tensors: Iterable[torch.Tensor], *more: Any) -> tuple[Recorded, Recorded]:
     """Record the forward and the backward pass of an autograd function separately."""
     with recording() as forward:
