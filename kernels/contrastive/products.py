@@ -213,7 +213,7 @@ def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: 
     grid = grad_grid(m, n, offset, cfg, processors(device), walks=is_softmax and has_tma(device, dtype, d))
     parts, grad_scale = max(1, cfg.block_n // PART_COLS), scale_of_grad(dtype)
     if is_softmax:
-        numbers = stride_grad, grid.segments, grid.tiles, LOG2E, grad_scale
+        numbers = stride_grad, grid.segments * cdiv(n, cfg.block_n), grid.tiles, LOG2E, grad_scale
         on_tiles = plan_on_tiles(_grad_tile_kernel, grid.programs, cfg, layout, *numbers, PARTS=parts, SPAN=span(cfg))
     else:
         on_tiles = plan_on_tiles(

@@ -225,26 +225,27 @@ def _grad_tile_kernel(
     col_max_ptr,  # [N] fp32
     col_inv_denom_ptr,  # [N] fp32
     scale_sum_ptr,  # [programs] fp32
-    M, N, D, offset, stride_x, stride_y, stride_grad, num_segments, tiles, log2e, grad_scale,
+    M, N, D, offset, stride_x, stride_y, stride_grad, walks, tiles, log2e, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr,
     SPAN: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Compute grad = grad_scale * G, and each program's sum of G_ij x_i . y_j before grad is rounded.
 
-    With tensor descriptors and the shared shift, each column of tiles is cut into ``num_segments`` segments. Each of
-    the first programs walks down the ``tiles`` tiles of a segment, and leaves out the tiles that may hold pairs. The
-    other programs compute these, at most ``SPAN`` in a row of tiles. Without the shared shift, or without segments, all
-    programs take tiles in turns. Without descriptors, a program computes one tile.
+    With tensor descriptors and the shared shift, each of the first ``walks`` programs walks down the ``tiles`` tiles of
+    a segment of a column of tiles, and leaves out the tiles that may hold pairs. The other programs compute these, at
+    most ``SPAN`` in a row of tiles. Without the shared shift, or if ``walks`` is 0, all programs take tiles in turns.
+    Without descriptors, a program computes one tile.
     """
     pid = tl.program_id(0)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     uses_shared_shift = tl.load(uses_shared_shift_ptr)
-    walks = tl.where(uses_shared_shift != 0, num_segments * num_n, 0)
+    # The number of segments of a column is no argument: as the constant that Triton makes of a 1, it costs a register.
+    walks = tl.where(uses_shared_shift != 0, walks, 0)
     if IS_TMA:
         if pid < walks:
             scale_sum = grad_segment(
                 x, y, grad, scale_ptr, row_inv_denom_ptr, col_inv_denom_ptr,
-                M, N, D, offset, num_segments, tiles, log2e, grad_scale, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+                M, N, D, offset, walks // num_n, tiles, log2e, grad_scale, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
             )  # fmt: skip
             tl.store(scale_sum_ptr + pid, scale_sum / grad_scale)
         else:
