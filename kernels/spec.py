@@ -188,6 +188,8 @@ class Case:
         cancels: whether exact gradients are zero because their terms cancel. Fused attention, PyTorch's included,
             computes the sum of P * dP as that of dO * O. The two are equal, but their rounding errors differ, and the
             second cancels less well. The yardstick is then the larger error of PyTorch's eager and fused attention.
+            Other people's functions have no fused yardstick: where the truth is zero, a few units in the last place of
+            what the gradient is for a random upstream gradient are allowed.
         sanitize: whether the sanitizer ttsem (bounds, races, bfloat16) runs it too. Such a case must be small, since
             ttsem checks every access for races only if there are at most 4 million.
     """

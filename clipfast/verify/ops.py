@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from ..kernels.spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETE
 from .context import exact_float32, poisoned
 from .options import SANITIZER
 from .report import FAIL, PASS, SKIP, CheckResult, results_of
+from .rule import GRADIENT, KINDS, Judgement, cast_floats, judge_fairly, value_and_grads
 from .rule import Draw as DrawResults
-from .rule import Judgement, cast_floats, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 # The truth (the reference's exact result) is computed in float64 if the largest tensor has at most this many elements;
@@ -77,6 +77,11 @@ def _hold_to_rule(
     few = min(case.draws, MOST_DRAWS.get(template.leg, case.draws))
     many = max(few, min(MANY_DRAWS, MANY_ELEMENTS // max(case.shape.elements, 1)))
     judgements, draws = judge_fairly(draw, few, many)
+    if case.cancels and spec.fused is None and not all(judgement.passed for judgement in judgements.values()):
+        calls = (inputs_of(spec, dataclasses.replace(case, layout=""), dtype, device, n) for n in range(len(draws)))
+        widened = (dataclasses.replace(call, inputs=cast_floats(call.inputs, truth_dtype)) for call in calls)
+        usual = [_results(spec.reference, call) for call in widened]
+        judgements = {name: _with_floor(name, judgement, draws, usual) for name, judgement in judgements.items()}
     if case.check == EXTREME:
         judgements = {name: _finite(name, judgement, draws) for name, judgement in judgements.items()}
     if overwritten:
@@ -98,6 +103,25 @@ def _less_exact(one: Tensor, other: Tensor, truth: Tensor) -> Tensor:
     """Return the less exact of two results of PyTorch for an op: the one with the larger maximum error."""
     errors = [(result.double() - truth).abs().max() for result in (one, other)]
     return one if errors[0] >= errors[1] else other
+
+
+def _with_floor(
+    name: str, judgement: Judgement, draws: Sequence[DrawResults], usual: Sequence[Mapping[str, Tensor]]
+) -> Judgement:
+    """Return the judgement of an output, with a floor under the allowed error if the truth is zero up to rounding.
+
+    PyTorch's own error may vanish there, and is then no yardstick. The floor is ``GRADIENT`` units in the last place of
+    the size that the output has in ``usual``, the exact results of as many draws with random upstream gradients.
+    """
+    if judgement.passed or judgement.fault:
+        return judgement
+    truth, size = (torch.cat([results[name].flatten() for results in side]) for side in ([t for *_, t in draws], usual))
+    unit = torch.finfo(draws[0][0][name].dtype).eps
+    if not truth.abs().max() <= unit * size.abs().max():
+        return judgement
+    floors = {kind: GRADIENT * unit * reduce(size) for kind, reduce in KINDS.items()}
+    figures = (dataclasses.replace(f, allowed=max(f.allowed, floors[f.kind])) for f in judgement.figures)
+    return dataclasses.replace(judgement, figures=tuple(figures), note="exactly zero: held to its usual size")
 
 
 def _finite(name: str, judgement: Judgement, draws: Sequence[DrawResults]) -> Judgement:

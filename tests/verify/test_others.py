@@ -17,7 +17,7 @@ from clipfast.bench.inspection import offline
 from clipfast.bench.inspection.control_bits import check_control_bits
 from clipfast.bench.inspection.others import compiled
 from clipfast.cli.main import main
-from clipfast.kernels.spec import CPU, INTERPRETER
+from clipfast.kernels.spec import CPU, EXPANDED, INTERPRETER
 from clipfast.verify import KernelCheck, Options, run_verify
 from clipfast.verify.child import groups_of_child
 from clipfast.verify.ops import verify_case
@@ -192,6 +192,22 @@ DOUBLE = KernelCheck(
     [{{"rows": 4}}, {{"rows": 9}}], real={{"rows": 1000}}, gradients=False, extremes=(),
 )
 """
+
+
+def in_parts(x, detach=False):
+    """Return the softmax of ``x``, of which each part is rounded; the gradient of its sum is zero."""
+    e = (x - x.detach().amax(-1, keepdim=True)).exp()
+    total = e.sum(-1, keepdim=True)
+    return e / (total.detach() if detach else total)
+
+
+@pytest.mark.parametrize(("detach", "verdict"), [(False, PASS), (True, FAIL)])
+def test_a_gradient_that_is_exactly_zero_is_held_to_its_usual_size(detach, verdict):
+    changes = {"function": lambda x: in_parts(x, detach), "reference": lambda x: x.softmax(-1)}
+    spec = check(**changes, inputs=lambda draw, rows: {"x": draw.normal(rows, 100)}).spec()
+    (case,) = (case for case in spec.cases if case.layout == EXPANDED)
+    rows = {row.output: row for row in verify_case(spec, CPU, case, "float16", quick=True)}
+    assert {name: row.verdict for name, row in rows.items()} == {"value": PASS, "d_x": verdict}
 
 
 def test_results_may_be_a_list():
