@@ -1,6 +1,7 @@
 """The command line of the benchmarks: ``python -m bench`` in a checkout, ``clipfast bench`` anywhere."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from .case import Sizes
 from .categories import INPUT, LOSS, NORM
 from .compare import compare
 from .harness import Budget
-from .machine import use
+from .machine import busy, use
 from .session import measure_all, refused_of_ours
 from .suites import SUITES, build
 from .supply import supply
@@ -132,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         for page in args.page:
             page.write_text(tables.fill_tables(page.read_text(), args.results))
         return 0
+    if note := busy(os.getloadavg()[0], os.cpu_count() or 1):
+        print(f"bench: note: {note}", file=sys.stderr)
     device = _device(args.device)
     budget = _budget(args)  # refuses wrong numbers before _plan, which may generate hundreds of photographs
     plan = _plan(args, device)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast.io.progress import each
 from clipfast.train.graphs import Captures
 from clipfast.verify.context import exact_float32
 
@@ -98,7 +99,7 @@ def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
     with _refusing(*chosen):
         sets = _input_sets(case)
         graphs = Captures(case.device) if case.graph and case.device.type == "cuda" else None
-        for timing in chosen:
+        for timing in each(chosen, "warming up", "candidate"):
             with _refusing(timing):
                 running[timing] = _Runner(case, timing, sets, graphs)
     return running
@@ -107,7 +108,7 @@ def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
 def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
     """Add one sample to each benchmark candidate's timing in each round; remove those that fail from ``running``."""
     start = time.perf_counter()
-    for number in range(budget.rounds):
+    for number in each(range(budget.rounds), "timing all candidates", "round"):
         if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
         # Another candidate goes first in each round, so that none always finds the cache in the same state.
@@ -175,7 +176,7 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
             """Return the results of the reference with which a benchmark compares its candidates."""
             return observe(case, reference, reference.make(), exact)
 
-        for timing in timings:
+        for timing in each(timings, "checking", "candidate"):
             with _refusing(timing):
                 if timing.candidate.needs_gpu and case.device.type != "cuda":
                     raise MissingError("needs a GPU")

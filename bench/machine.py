@@ -48,6 +48,13 @@ def use(device: torch.device) -> torch.device:
     return device
 
 
+def busy(load: float, cores: int) -> str:
+    """Return a note that other programs disturb a benchmark, if the load average is above a quarter of the cores."""
+    if load <= cores / 4:
+        return ""
+    return f"the load average was {load:.1f} on {cores} cores: times and intervals mean little if others go on working"
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that a benchmark finds free on the GPU, or available in the machine's memory."""
     if device.type == "cuda":

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -182,6 +184,17 @@ def test_bad_arguments_are_one_clear_line(arguments, message, capsys, tmp_path, 
     assert cli.main([*arguments, *device]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("load", [0.0, 1000.5])
+def test_a_terminal_sees_progress_and_a_busy_machine_is_noted(load, tmp_path, no_roofs, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = ["--device", "cpu", "--smoke", "--only", OURS, "--no-memory", "--json", str(tmp_path / "run.json")]
+    assert cli.main(["bias_gelu", *options]) == 0
+    said = capsys.readouterr().err
+    assert ("the load average was 1000.5" in said) == (load > 0)
+    assert all(f"{part}: " in said for part in ("checking", "warming up", "timing all candidates"))
 
 
 SLOWER = """
