@@ -173,18 +173,19 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
             f"{source} does not fit the model: it holds {kinds[is_siglip]}, and the model is {kinds[not is_siglip]}: "
             "choose the name of the model accordingly, with or without SigLIP in it"
         )
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in own]
+    names = [f"missing {name}" for name in own if name not in weights]
+    names += [f"unexpected {name}" for name in weights if name not in own]
+    values = []
     for name, value in own.items():
         other = weights.get(name, value)
         if value.shape != other.shape and not value.numel() == other.numel() == 1:
-            problems.append(f"{name} is {tuple(other.shape)}, the model has {tuple(value.shape)}")
+            values.append(f"{name} is {tuple(other.shape)}, the model has {tuple(value.shape)}")
         if value.is_floating_point() != other.is_floating_point():
-            problems.append(f"{name} holds {other.dtype}, the model has {value.dtype}")
-    if problems:
-        raise CheckpointError(
-            f"{source} does not fit the model: {'; '.join(problems[:5])}{'; …' if len(problems) > 5 else ''}"
-        )
+            values.append(f"{name} holds {other.dtype}, the model has {value.dtype}")
+    if names or values:
+        shown = [*names[: 5 - len(values[:2])], *values][:5]  # at least two sizes that differ, beside missing names
+        more = "; …" if len(names) + len(values) > len(shown) else ""
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(shown)}{more}")
 
 
 def load_weights(

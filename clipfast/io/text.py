@@ -64,7 +64,10 @@ def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
     replace_text(path, stream.getvalue())
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean ...?)" for an error about the unknown ``word``; "" if no known word is similar."""
-    similar = difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {similar[0]}?)" if similar else ""
+def meant(word: str, known: Iterable[str], most: int = 1) -> str:
+    """Return " (did you mean ...?)" with up to ``most`` similar known words for an error about the unknown ``word``.
+
+    The text is empty if no known word is similar.
+    """
+    similar = difflib.get_close_matches(word, known, most)
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""

@@ -104,12 +104,12 @@ def get_model_config(name: str) -> CLIPConfig:
     """Return the configuration of a model by its name.
 
     Raises:
-        ValueError: if the name is unknown; the message lists the known ones, and says how to use others of OpenCLIP's.
+        ValueError: if the name is unknown; the message names similar ones, and says how to use others of OpenCLIP's.
     """
     if name not in _CONFIGS:
         raise ValueError(
-            f"unknown model {name!r}{meant(name, _CONFIGS)}; known: {', '.join(_CONFIGS)}. Another model of OpenCLIP's "
-            f"runs on the same kernels: build it with open_clip.create_model({name!r}), and hand it to "
-            "clipfast.apply_to_open_clip"
+            f"unknown model {name!r}{meant(name, _CONFIGS, 3)}. Another model of OpenCLIP's runs on the same kernels: "
+            f"build it with open_clip.create_model({name!r}), and hand it to clipfast.apply_to_open_clip. "
+            "clipfast.list_models() returns all names"
         )
     return _CONFIGS[name]

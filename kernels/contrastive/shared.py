@@ -72,11 +72,11 @@ def is_small_block(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
     return is_one_block(x, y, dtype) and x.shape[0] * y.shape[0] <= MOST_LOGITS
 
 
-def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
+def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int = 0) -> None:
     """Refuse features that are not [M, D] and [N, D], of one dtype on one device, with M = N.
 
-    ``names`` are the names that the loss ``op`` gives to ``first`` and ``second``. If the loss has an ``offset`` and it
-    is not 0, M and N may differ.
+    ``names`` are the names that the loss ``op`` gives to ``first`` and ``second``. M and N may differ if the loss has
+    an ``offset`` that is not 0.
 
     Raises:
         TypeError: not tensors, or dtypes that are not floating or not the same.
@@ -90,9 +90,8 @@ def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, 
         check_tensor(op, name, features, 2)
     sides = f"{names[0]} and {names[1]}"
     if not offset and first.shape != second.shape:
-        hint = "" if offset is None else "; with offset=..., they may have other numbers of rows"
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"{op}: {sides} must have the same shape, got {shapes}{hint}")
+        raise ValueError(f"{op}: {sides} must have the same shape, got {shapes}")
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"{op}: {sides} must have the same width, got {first.shape[1]} and {second.shape[1]}")
     check_like(op, names[1], second, names[0], first)

@@ -294,7 +294,7 @@ X = torch.zeros(4, 8)
     ("second", "message"),
     [
         (X[0], "{1} .*2 dimensions"),
-        (X[:3], "{0} and {1} must have the same shape"),
+        (X[:3], r"{0} and {1} must have the same shape, got \(4, 8\) and \(3, 8\)$"),
         (X.half(), "{1} is float16, but {0} is float32"),
     ],
     ids=["dimensions", "shape", "dtype"],

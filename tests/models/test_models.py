@@ -195,7 +195,7 @@ NO_SIZE = "must be a positive whole number, got "
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: create_model("ViT-Z-99"), "unknown model 'ViT-Z-99'"),
+        (lambda: create_model("ViT-Z-99"), r"unknown model 'ViT-Z-99' \(did you mean ViT-g-14 or .*\?\)\. Another"),
         (lambda: create_model("ViT-B-32", precision="int4"), "unknown precision 'int4'; known: fp32, amp"),
         (lambda: create_model("ViT-T-8-32", force_image_size=30), "image_size must be a multiple of patch_size"),
         (lambda: create_model("ViT-T-8-32", force_image_size=(64, 32)), rf"image_size {NO_SIZE}\(64, 32\)"),
