@@ -141,8 +141,9 @@ class Op:
         full_name = add_op_namespace_prefix(name)
         self._op = torch.library.custom_op(full_name, implementation, mutates_args=(), device_types=devices)
         self.register_fake = self._op.register_fake
-        self._overload: Any = getattr(ops, name).default
-        self.schema = self._overload._schema
+        # In PyTorch 2.15, profilers do not see calls of an op's overload, but those of its packet.
+        self._registered: Any = getattr(ops, name)
+        self.schema = self._registered.default._schema
 
         def no_derivative(ctx: object, *grads: Tensor) -> None:
             """Refuse a second derivative of a registered op."""
@@ -198,13 +199,13 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Call the op; keyword arguments are not taken."""
         if is_watched():
-            return self._overload(*args)
+            return self._registered(*args)
         _check_devices(args)
         needs_grad = False
         for x in args:
             if isinstance(x, Tensor):
                 if not _holds_its_values(x):
-                    return self._overload(*args)
+                    return self._registered(*args)
                 needs_grad = needs_grad or x.requires_grad
         if needs_grad and torch.is_grad_enabled():
             count = self._results(*args)
