@@ -172,9 +172,8 @@ def rank_weights(
     terms: Tensor, grads: Tensor, one_minus_p: Tensor, own: slice, logit_scale: Tensor, weight: float
 ) -> RankWeights:
     """Return what the gradients of a rank's pairs need, as :func:`.launches.rank_weights` does."""
-    largest = grads.abs().amax()
-    shares = grads / largest.clamp(min=torch.finfo(grads.dtype).tiny)
-    share = shares.repeat_interleave(len(terms) // len(grads))  # [N]
+    largest = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny)
+    share = (grads / largest).repeat_interleave(len(terms) // len(grads))  # [N]
     row, col = vectors = terms.T[:4].clone(memory_format=torch.contiguous_format).view(2, 2, -1)
     vectors[:, 1].mul_(share)
     normalizers = Normalizers(row, col, (terms[:, 4] > 0).all().view(torch.int8))

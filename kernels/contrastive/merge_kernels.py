@@ -169,11 +169,14 @@ def _rank_weights_kernel(
 
     share_i = grad_i / max |grad|;  coefficient = weight * max |grad|;  factor = coefficient * scale
 
+    If all gradients are subnormal numbers or 0, the least normal number takes the place of max |grad|.
+
     Store the maxima and share * inv_denom of all pairs, and share * one_minus_p of this rank's pairs, which begin at
     ``start``. Also store in ``flag`` whether all ranks use one shift.
     """
     pid = tl.program_id(0)
-    flag, largest = tl.full((BLOCK_N,), 1.0, tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    flag = tl.full((BLOCK_N,), 1.0, tl.float32)
+    largest = tl.full((BLOCK_N,), 1.1754943508222875e-38, tl.float32)  # the least normal number
     for first in range(0, count, BLOCK_N):
         others = first + tl.arange(0, BLOCK_N)
         held = others < count
@@ -184,8 +187,7 @@ def _rank_weights_kernel(
     offs = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = offs < N
     grad = tl.load(grads_ptr + offs // length, mask=mask, other=0.0)
-    least = tl.full((BLOCK_M,), 1.1754943508222875e-38, tl.float32)  # the least normal number: G may have no gradient
-    share = tl.div_rn(grad, tl.maximum(least, most))
+    share = tl.div_rn(grad, most + tl.zeros((BLOCK_M,), tl.float32))
     terms = terms_ptr + offs.to(tl.int64) * 5
     for side in tl.static_range(2):
         tl.store(vectors_ptr + 2 * side * N + offs, tl.load(terms + 2 * side, mask=mask, other=0.0), mask=mask)

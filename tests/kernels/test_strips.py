@@ -83,8 +83,12 @@ def hold_ranks(flag):
     flags[-1] = terms[-rows:, 4] = flag
     col = torch.stack([maxima, sums], dim=2).unbind(2)
     of_terms = (torch.randn(rows), torch.rand(rows)), col, torch.randn(rows), flags, 0.5
-    for grads in (torch.randn(ranks), torch.randn(ranks * rows), torch.zeros(ranks)):
+    for grads in (torch.randn(ranks), torch.randn(ranks * rows), torch.zeros(ranks), 1e-40 * torch.rand(ranks)):
         of_weights = terms, grads, torch.rand(rows), slice(rows, 2 * rows), torch.tensor(3.0), 0.5
+        expected = 0.5 * grads.repeat_interleave(rows * ranks // len(grads))[rows : 2 * rows] * of_weights[2]
+        for blocks in (launches, cpu):
+            weights = blocks.rank_weights(*of_weights)
+            torch.testing.assert_close(weights.one_minus_p * weights.coefficient, expected, rtol=1e-5, atol=1e-44)
         for function, args in (("rank_terms", of_terms), ("rank_weights", of_weights)):
             found, expected = (getattr(blocks, function)(*args) for blocks in (launches, cpu))
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
