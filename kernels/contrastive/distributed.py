@@ -137,12 +137,16 @@ def _pair_weight(ranks: Ranks) -> float:
 
 
 def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
-    """Return the statistics of the logits of x against y, where row i and column i + offset are a pair."""
+    """Return the statistics of the logits of x against y, where row i and column i + offset are a pair.
+
+    The flags ``uses_shared_shift`` are a vector [any] on every device.
+    """
     if len(x) == 0 or len(y) == 0:
         # All blocks subtract the same number from their logits before exp, if its sums are exact in each block. A block
         # without logits must not prevent this, so its flag is 1.
         return new_stats(x, y)._replace(uses_shared_shift=torch.ones(1, dtype=torch.int8, device=x.device))
-    return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
+    found = logit_blocks(x.device).statistics(x, y, logit_scale, offset)
+    return found._replace(uses_shared_shift=found.uses_shared_shift.view(-1))
 
 
 def _prepared(rows: Tensor, options: Options) -> Tensor:
@@ -158,7 +162,7 @@ def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Optio
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
     of_images = _statistics(x, all_y, logit_scale, ranks.own.start)
     of_texts = _statistics(y, all_x, logit_scale, ranks.own.start)
-    uses_shared_shift = torch.cat([of.uses_shared_shift.view(-1) for of in (of_images, of_texts)])
+    uses_shared_shift = torch.cat([of_images.uses_shared_shift, of_texts.uses_shared_shift])
     col = of_texts.row_max[None], of_texts.row_sum[None]
     return RankStats(of_images.rows, col, of_images.positive, uses_shared_shift, gathered)
 
@@ -181,11 +185,11 @@ def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options
         for cols, block in source
     ]
     positive = parts[0][1].positive  # the first block has the pairs
-    row, uses_shared_shift = parts[0][1].rows, parts[0][1].uses_shared_shift.view(-1)
+    row, uses_shared_shift = parts[0][1].rows, parts[0][1].uses_shared_shift
     col_max, col_sum = parts[0][1].cols
     if len(parts) > 1:
         row = merge([part.rows for _, part in parts])
-        uses_shared_shift = torch.cat([part.uses_shared_shift.view(-1) for _, part in parts])
+        uses_shared_shift = torch.cat([part.uses_shared_shift for _, part in parts])
         parts.sort(key=lambda item: item[0])
         col_max, col_sum = (torch.cat(vectors) for vectors in zip(*(part.cols for _, part in parts), strict=True))
     received = ranks.to_owners(torch.stack([col_max, col_sum], dim=1))  # [ranks, b, 2]

@@ -64,8 +64,7 @@ class SoftmaxStats(NamedTuple):
     col_max: Tensor  # [N]
     col_sum: Tensor  # [N]
     positive: Tensor  # [M], the logit of each row's pair; undefined in a row without a pair
-    # [] or [any] int8, all 1 if every maximum is the shared shift
-    uses_shared_shift: Tensor
+    uses_shared_shift: Tensor  # [] or [any] int8, all 1 if every maximum is the shared shift
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +104,7 @@ class Normalizers(NamedTuple):
 
 
 class RankWeights(NamedTuple):
-    """What the gradients of the pairs of one rank need, if the losses of the ranks have different gradients.
+    """The numbers that the gradients of one rank's pairs need, if the losses of the ranks have different gradients.
 
     The share of a pair is the gradient of its rank's loss over the largest one of all ranks. G may be rounded to 16
     bits, for which the gradients themselves could be too small or too large.
