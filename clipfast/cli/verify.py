@@ -23,7 +23,7 @@ With MODULE:NAME, check your own kernel by this rule, and see what the compiler 
 
 EPILOG = """\
 examples:
-  clipfast verify --quick                              5 to 10 minutes: is this installation sound?
+  clipfast verify --quick                              a minute: is this installation sound?
   clipfast verify                                      everything that this machine can run
   clipfast verify --op attention --dtype fp32          one op
   clipfast verify --op model --model ViT-B-32 --against openclip hf
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     golden = "compare ten steps of training with FILE: equal bits on the same kind of device; written if missing"
     add("--golden", default="", metavar="FILE", help=golden)
     add("--update", action="store_true", help="write the steps of this kind of device into the file of --golden")
-    add("--quick", action="store_true", help="fewer cases: 5 to 10 minutes on two cores")
+    add("--quick", action="store_true", help="fewer cases: about a minute on two cores")
     add("--all-rows", action="store_true", help="print every output, not the nearest to its limit")
     add_output(parser, "--junit", is_held=False, help="write JUnit XML, a testcase for each row")
     add_output(parser, "--html", is_held=False, help="write a page of all rows, to send to the kernel's author")

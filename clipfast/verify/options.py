@@ -46,7 +46,7 @@ class Options:
     dtypes: tuple[str, ...] = DTYPES  # PyTorch's names, such as "float32", or short names, such as "fp32"
     against: tuple[str, ...] | None = None  # peers of the models, "openclip" or "hf"; None: OpenCLIP if it is installed
     device: str = "auto"  # "cpu", "cuda" or "auto", which is a GPU if there is one
-    quick: bool = False  # whether to run fewer cases, which take 5 to 10 minutes on two cores
+    quick: bool = False  # whether to run fewer cases, which take about a minute on two cores
     legs: tuple[str, ...] | None = None  # "cpu", "interpreter", "cuda"; None: the legs that suit the device
     others: tuple[str, ...] = ()  # checks of other people's kernels, MODULE:NAME, in place of all ops
     archs: tuple[int, ...] = (80, 90)  # compute capabilities that other people's kernels are compiled for
