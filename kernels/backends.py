@@ -121,7 +121,8 @@ class Op:
     by their layout (:meth:`learn`), and a call like an earlier one (:meth:`find`) needs no checks and no decisions.
 
     An op has no derivative until one is registered, and a backward pass through it raises an error. The backward ops
-    register none, so a second derivative raises this error.
+    register none, so a second derivative raises this error, if autograd finds a way from what the backward op reads to
+    the op's inputs. So an op saves inputs, or outputs that are results: those lead to its inputs.
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
@@ -171,14 +172,6 @@ class Op:
                 and an eager call may not return them.
         """
 
-        def derivative(ctx: Any, *grads: Any) -> Any:
-            """Return what ``backward`` returns. Gradients of which a second derivative may be taken require gradients:
-            otherwise, where the upstream gradients are constants, it would silently be 0 instead of an error.
-            """
-            if is_grad_enabled():
-                grads = tuple([g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads])
-            return backward(ctx, *grads)
-
         def function_of(run: Callable[..., Any], count: int) -> Callable[..., Any]:
             """Return the op as a function of autograd that calls ``run``, and returns its first ``count`` outputs."""
 
@@ -188,7 +181,7 @@ class Op:
                 setup_context(ctx, args, outputs)
                 return outputs[:count] if outputs.__class__ is tuple else outputs
 
-            methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
             return apply_of(type(f"clipfast_{self._name}", (torch.autograd.Function,), methods))
 
         def setup_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -199,7 +192,7 @@ class Op:
                 ctx.mark_non_differentiable(*output[results(*inputs) :])
             setup_context(ctx, inputs, output)
 
-        self._op.register_autograd(derivative, setup_context=setup_op)
+        self._op.register_autograd(backward, setup_context=setup_op)
         self._results, self._function_of = results, function_of
         self._functions: dict[int, Callable[..., Any]] = {}
         self._has_derivative = True

@@ -142,13 +142,18 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the 8-bit rows of the linear layer's input, and the columns of its weight, for the backward pass."""
-    _, values, scale, weight, bias, _, _, column_values, column_scale, ctx.full = inputs
+    carrier, values, scale, weight, bias, _, _, column_values, column_scale, ctx.full = inputs
+    ctx.operands = carrier, weight
     ctx.dtypes, ctx.takes_rows = (weight.dtype, None if bias is None else bias.dtype), not ctx.full
     ctx.save_for_backward(values, scale, column_values, column_scale)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the linear layer to autograd."""
+    if torch.is_grad_enabled():
+        # The products read other tensors than the op's operands. With empty parts of these in the upstream gradient,
+        # autograd finds a second derivative, and refuses it.
+        grad = torch.cat([grad, *(x[:0].flatten().to(grad.dtype) for x in ctx.operands)])
     needs = ctx.needs_input_grad
     wanted = needs[0], needs[3], needs[4]
     found = _fp8_linear_bwd(grad, *rows_beside(grad), *ctx.saved_tensors, ctx.full, *wanted)

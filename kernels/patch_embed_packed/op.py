@@ -179,7 +179,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     return of_patches, None, None, None, *gradients, None, None, None, None, None
 
 
-_patch_embed_packed_fwd.register_autograd(_backward, setup_context=_setup_context)
+# The matrix is a result too, so that autograd finds a second derivative with respect to patches, and refuses it.
+_patch_embed_packed_fwd.register_autograd(_backward, setup_context=_setup_context, results=lambda *_: 2)
 
 
 def patch_embed_packed(

@@ -117,6 +117,14 @@ def test_only_8_bits_of_the_input_are_kept():
     assert all(y.itemsize == 1 or y.numel() <= x.numel() // 50 for y in saved)
 
 
+def test_a_second_derivative_is_refused():
+    x, w, _, _ = operands()
+    total = fp8_linear(x, w).sum()
+    (of_x,) = torch.autograd.grad(total, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="has no derivative"):
+        torch.autograd.grad(total + of_x.square().sum(), w)
+
+
 def test_rows_that_an_op_has_quantised_pass_their_gradient_on():
     x, w, b, dy = operands()
     direct = torch.autograd.grad(fp8_linear(x, w, b), (x, w, b), dy)
