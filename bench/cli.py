@@ -16,7 +16,7 @@ from clipfast.kernels.dtypes import DTYPES
 from . import host, results, tables, tune
 from .case import Sizes
 from .categories import INPUT, LOSS, NORM
-from .compare import compare
+from .compare import compare, compare_files
 from .harness import Budget
 from .machine import busy, use
 from .session import measure_all, refused_of_ours
@@ -39,6 +39,11 @@ work needs, at the copy and matrix-product rates measured in the same run, over 
 work of versions that keep no N x N matrix). For a training step, MFU and a breakdown show where the time goes. The exit
 code is 1 if a candidate of clipfast was refused."""
 
+COMPARISON = """\
+Print how many times as long each candidate takes in the second result file as in the first, with a verdict. The
+interval holds the noise between the samples of a file, not what differs between two processes or machines: the times
+of the other candidates, which have not changed, show that."""
+
 EPILOG = """\
 examples:
   {prog} contrastive_loss --device cpu
@@ -46,6 +51,7 @@ examples:
   {prog} step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
   {prog} data --pairs-per-second 5000    the data workers for this rate, and the slowest stage
   {prog} contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
+  {prog} compare before.json after.json          the same of two result files
   {prog} tune --op contrastive_loss --card H100
   {prog} host --stub            the host's time for each op, and the number of kernels that start
   {prog} table                  write the tables of the README and docs/ again from the committed results"""
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     add_commands(parser)
     args = parser.parse_args(argv)
     try:
-        args.run = run
+        args.run, args.prog = run, prog
         return run_checked(args)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -86,6 +92,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     tune.add_arguments(tuner)
     text = "time of the host for each op, for a step, and for one encoded image or text"
     host.add_arguments(commands.add_parser("host", help=text, description=host.__doc__))
+    text = "how the times of two result files differ, beyond the noise of their samples"
+    files = commands.add_parser("compare", help=text, description=COMPARISON)
+    files.add_argument("files", type=Path, nargs=2, metavar="FILE", help="results of the benchmarks: before, and after")
+    files.epilog = "exit code: 0 not slower, 1 clipfast is slower in a case, 2 an error, 130 interrupted"
     table = commands.add_parser("table", help="write the tables of the README and docs/ again from committed results")
     pages = [Path("README.md"), Path("docs/benchmarks.md")]
     shown = " ".join(map(str, pages))
@@ -129,12 +139,14 @@ def run(args: argparse.Namespace) -> int:
         return tune.run(args)
     if args.bench == "host":
         return host.run(args)
+    if args.bench == "compare":
+        return compare_files(*args.files)
     if args.bench == "table":
         for page in args.page:
             page.write_text(tables.fill_tables(page.read_text(), args.results))
         return 0
     if note := busy(os.getloadavg()[0], os.cpu_count() or 1):
-        print(f"bench: note: {note}", file=sys.stderr)
+        print(f"{args.prog}: note: {note}", file=sys.stderr)
     device = _device(args.device)
     budget = _budget(args)  # refuses wrong numbers before _plan, which may generate hundreds of photographs
     plan = _plan(args, device)
@@ -149,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{summary}")
     refused = refused_of_ours(done)
     for line in refused:
-        print(f"bench: refused: {line}", file=sys.stderr)
+        print(f"{args.prog}: refused: {line}", file=sys.stderr)
     return 1 if refused else 0
 
 

@@ -1,8 +1,9 @@
-"""Compare the speed of this checkout with another commit, the base, by an interval of the ratio of their times.
+"""Compare the speed of this checkout with another commit, the base, by an interval of the ratio of their times; and
+the speeds in two result files.
 
-Both sides are timed in turns on one machine, by the benchmarks of this checkout: the base side has kernels/ and
-clipfast/ of the base commit, and bench/ of this checkout. Each side runs in processes of its own, since one process
-cannot register two versions of an op.
+For the checkout, both sides are timed in turns on one machine, by the benchmarks of this checkout: the base side has
+kernels/ and clipfast/ of the base commit, and bench/ of this checkout. Each side runs in processes of its own, since
+one process cannot register two versions of an op.
 """
 
 import json
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast.io.text import align
 from clipfast.io.units import SECONDS, scaled
 
 from . import results, session
+from .case import OURS
 from .checkout import ROOT, environment_with, link_packages
 from .harness import Budget
 from .machine import use
@@ -101,22 +104,67 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
     """
     words = []
     for index, case in enumerate(runs["head"][0]["cases"]):
-        label = f"{case['op']} {sizes(case)} {case['dtype']}"
         turns = {side: [run["cases"][index] for run in side_runs] for side, side_runs in runs.items()}
         samples = {side: [turn["candidates"][0]["samples_s"] for turn in found] for side, found in turns.items()}
         all_turns = [*turns["base"], *turns["head"]]
         refused = [turn["candidates"][0]["refused"] for turn in all_turns if turn["candidates"][0]["refused"]]
         if refused:
-            print(f"{label}: not compared: {refused[0]}")
+            print(f"{_label(case)}: not compared: {refused[0]}")
             continue
         ratio, low, high = ratio_of_processes(samples["base"], samples["head"])
         words.append(verdict(low, high, any(turn["telemetry"]["throttled"] for turn in all_turns)))
         base_s, head_s = (scaled(float(np.median(np.concatenate(samples[side]))), SECONDS) for side in ("base", "head"))
-        print(f"{label}: {words[-1]}: {head_s} against {base_s} at {base}, ratio {ratio:.3f} [{low:.3f}, {high:.3f}]")
+        interval = f"ratio {ratio:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"{_label(case)}: {words[-1]}: {head_s} against {base_s} at {base}, {interval}")
     if not words:
         print("not comparable: no case ran on both sides")
         return 2
     return 1 if "slower" in words else 0
+
+
+def compare_files(before: Path, after: Path) -> int:
+    """Print how many times as long each candidate takes in the second result file as in the first, with a verdict.
+
+    Returns:
+        0; 1 if a candidate of clipfast is slower by more than 5% beyond doubt; 2 if the files have nothing in common.
+
+    Raises:
+        ValueError: a file is no result of a benchmark, or has no samples.
+    """
+    runs = [results.read(path) for path in (before, after)]
+    sides: list[dict[str, Any]] = []
+    for run, path in zip(runs, (before, after), strict=True):
+        if "cases" not in run:
+            raise ValueError(f"{path} has medians only, and no samples to compare")
+        pairs = ((case, candidate) for case in run["cases"] for candidate in case["candidates"])
+        sides.append({f"{_label(case)}  {one['name']}": (case, one) for case, one in pairs if one["samples_s"]})
+    rows, words = [["", *(path.stem for path in (before, after)), "ratio [95%]", ""]], set()
+    for name in [name for name in sides[0] if name in sides[1]]:
+        cases, (old, new) = zip(*(side[name] for side in sides), strict=True)
+        ratio, low, high = ratio_of_processes([old["samples_s"]], [new["samples_s"]])
+        word = verdict(low, high, any(case["telemetry"]["throttled"] for case in cases))
+        word = word if old["timer"] == new["timer"] else f"not comparable: {old['timer']}, {new['timer']}"
+        words |= {word} if new["name"].startswith(OURS) else set()
+        times = (scaled(one["median_s"], SECONDS) for one in (old, new))
+        rows.append([name, *times, f"{ratio:.3f} [{low:.3f}, {high:.3f}]", word])
+    if len(rows) == 1:
+        print("not comparable: no case was timed in both files")
+        return 2
+    print(align(rows, right=(1, 2, 3)))
+    for path, names, others in ((before, sides[0], sides[1]), (after, sides[1], sides[0])):
+        for name in [name for name in names if name not in others]:
+            print(f"only in {path}: {name}")
+    for part in ("git", "machine", "versions"):
+        for key in runs[0][part] | runs[1][part]:
+            values = [run[part].get(key) for run in runs]
+            if values[0] != values[1]:
+                print(f"{part} {key}: {values[0]} before, {values[1]} after")
+    return 1 if "slower" in words else 0
+
+
+def _label(case: dict[str, Any]) -> str:
+    """Return the op, the sizes and the dtype of a benchmark case in one line."""
+    return f"{case['op']} {sizes(case)} {case['dtype']}"
 
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:

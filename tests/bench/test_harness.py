@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,24 @@ def test_a_verdict_counts_processes_more_than_samples():
     assert high > 1.2
     ratio, low, high = compare.ratio_of_processes([[1.0, 1.01]] * 5, [[1.5, 1.52]] * 5)
     assert 1.45 < low <= ratio <= high < 1.55
+
+
+def test_two_result_files_are_compared(tmp_path, no_roofs, capsys):
+    paths = [str(tmp_path / name) for name in ("before.json", "after.json")]
+    key = "bias_gelu", SUITES["bias_gelu"].smallest, "fp32"
+    run = session.measure_all([key], CPU, Budget(0.0, 2, 2), tmp_path / "run.json", only=["PyTorch"], memory=False)
+    for path, seconds, version in zip(paths, (1.0, 1.2), ("2.11", "2.13"), strict=True):
+        for one in run["cases"][0]["candidates"]:
+            time_s = seconds if one["name"] == OURS else 1.0
+            one["samples_s"], one["timer"] = [time_s, 1.01 * time_s, 0.99 * time_s], "perf_counter"
+        run["versions"]["torch"] = version
+        results.write(run, Path(path))
+    capsys.readouterr()
+    assert cli.main(["compare", *paths]) == 1
+    ours, theirs, *rest = capsys.readouterr().out.splitlines()[1:]
+    assert (ours.split()[-1], theirs.split()[-1]) == ("slower", "same")
+    assert rest == ["versions torch: 2.11 before, 2.13 after"]
+    assert cli.main(["compare", *paths[::-1]]) == 0
 
 
 @pytest.mark.parametrize("suite", SUITES)
