@@ -41,6 +41,7 @@ from .shared import (
     gradients_in_strips,
     is_one_block,
     logit_blocks,
+    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -120,18 +121,17 @@ def _gradients_in_blocks(
     row_one_minus_p, col_one_minus_p = row[2], col[2]
     coefficient = grad_loss.to(row_one_minus_p.dtype) / _terms_of(image, text, offset, both)
     factor = coefficient * logit_scale
-    acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
+    acc_text = None if save_memory else new_accumulator(len(text), y.rows)
 
     def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the contrastive gradient of a strip of images, and in the same pass its part of the texts' gradient."""
-        part = normalizers.part(strip, ALL)
-        start = offset + strip.start
-        return [blocks.add_gradients(x.rows[strip], y.rows, logit_scale, part, start, acc, acc_text)]
+        block = x.rows[strip], y.rows, logit_scale, normalizers.part(strip, ALL), offset + strip.start
+        return [blocks.add_gradients(*block, acc, acc_text, is_new_x=True, is_new_y=strip.start == 0)]
 
     def add_texts(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the contrastive gradient of a strip of texts."""
-        part = normalizers.part(ALL, strip)
-        return [blocks.add_gradients(x.rows, y.rows[strip], logit_scale, part, offset - strip.start, None, acc)]
+        block = x.rows, y.rows[strip], logit_scale, normalizers.part(ALL, strip), offset - strip.start
+        return [blocks.add_gradients(*block, None, acc, is_new_y=True)]
 
     parts = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images)
     text_grad = new_gradient(text)  # allocated here, so that it can reuse the memory of G

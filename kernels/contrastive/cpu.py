@@ -25,6 +25,7 @@ from .stats import (
     Normalizers,
     RankWeights,
     SoftmaxStats,
+    clear_new,
     finite,
     is_exact,
     merge_stacked,
@@ -53,14 +54,9 @@ def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
     return Features((wide * inv_norm[:, None]).to(dtype), inv_norm)
 
 
-def new_accumulator(rows: int, like: Tensor) -> Tensor:
-    """Return zeros [rows, D] in float32 or float64, to which the gradients of features are added."""
-    return like.new_zeros(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
-
-
 def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
     """Return a new accumulator for the gradients of a strip's rows x [M, D] against columns y."""
-    return new_accumulator(len(x), x)
+    return x.new_empty(x.shape, dtype=accumulate_dtype(x.dtype))
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:
@@ -126,9 +122,7 @@ def add_gradients(
     ``torch.dot`` is not used for these sums. On some CPUs it keeps few partial sums, which become so large that small
     terms are dropped.
     """
-    for acc, is_new in ((acc_x, is_new_x), (acc_y, is_new_y)):
-        if acc is not None and is_new:
-            acc.zero_()
+    clear_new((acc_x, is_new_x), (acc_y, is_new_y))
     shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
     is_shifted = bool(shift)
     row_maxima, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
@@ -210,12 +204,14 @@ def sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, 
 
 
 def add_sigmoid_gradients(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
-) -> Tensor:
-    """Add G y to acc_x and G^T x to acc_y for the sigmoid loss, and return three sums [3, any] over tiles of logits.
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor, *,
+    is_new_y: bool,
+) -> Tensor:  # fmt: skip
+    """Write G y to acc_x and add G^T x to acc_y for the sigmoid loss; return three sums over tiles of logits [3, any].
 
     They are the sums of log(1 + exp l), of G_ij and of G_ij x_i . y_j over all logits l except those of the pairs.
     """
+    clear_new((acc_x, True), (acc_y, is_new_y))
     (grads,) = _scratch(x, y, 1)
     sums = []
     for block in _blocks(x, y, offset):

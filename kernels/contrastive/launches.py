@@ -57,11 +57,6 @@ def small_blocks(edge: int) -> Iterator[None]:
         MAX_EDGE = before
 
 
-def new_accumulator(rows: int, like: Tensor) -> Tensor:
-    """Return zeros [rows, D] that gradients are added to, for prepared features ``like`` [any, D]."""
-    return like.new_zeros(rows, like.shape[1], dtype=torch.float32)
-
-
 def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
     """Return a new accumulator for the gradients of rows x [M, D] against columns y: [M, D], or [parts, M or more, D].
 
@@ -77,9 +72,10 @@ def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
 def strips(x: Tensor, y: Tensor) -> list[slice]:
     """Return strips of the rows of x, as high as the blocks of G.
 
-    Gradients are accumulated and finished strip by strip, so that accumulators stay small.
+    Gradients are accumulated and finished strip by strip, so that accumulators stay small. Without rows, there is one
+    empty strip, so that the accumulator of the columns is written.
     """
-    return slices(len(x), _block_edges(x, y)[0])
+    return slices(len(x), _block_edges(x, y)[0]) or [slice(0, 0)]
 
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
@@ -295,16 +291,19 @@ def _sigmoid_sums_plan(layout: Layout, programs: int, cfg: GemmConfig) -> TilePl
 
 
 def add_sigmoid_gradients(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
-) -> Tensor:
-    """Add G y to acc_x and G^T x to acc_y, as :func:`add_gradients` does, with the G of the sigmoid loss.
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor, *,
+    is_new_y: bool,
+) -> Tensor:  # fmt: skip
+    """Write G y to acc_x and add G^T x to acc_y, as :func:`add_gradients` does, with the G of the sigmoid loss.
 
     Returns:
         [3, any], numbers that add up to the sums of log(1 + exp l), of G_ij and of G_ij x_i . y_j over all logits
         except those of the pairs, with G before it is rounded.
     """
-    edges = _block_edges(x, y)
-    return add_products(x, y, offset, edges, (logit_scale, logit_bias), (), (), acc_x, acc_y, is_softmax=False)
+    return add_products(
+        x, y, offset, _block_edges(x, y), (logit_scale, logit_bias), (), (), acc_x, acc_y,
+        is_softmax=False, is_new=(True, is_new_y),
+    )  # fmt: skip
 
 
 def finish(
@@ -313,8 +312,8 @@ def finish(
     """Write the gradient of features, factor * (acc - one_minus_p * positive), through the normalisation if any.
 
     Args:
-        acc: [R, D], G times the features of the other side, of :func:`new_accumulator` or :func:`strip_accumulator`;
-            its values are lost.
+        acc: [R, D], G times the features of the other side, of :func:`.shared.new_accumulator` or
+            :func:`strip_accumulator`; its values are lost.
         own: the R rows whose gradient it is.
         other, offset: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.
         one_minus_p: [R], one minus the probability of the positive, summed over the directions of the loss; not used

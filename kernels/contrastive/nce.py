@@ -39,6 +39,7 @@ from .shared import (
     gradients_in_strips,
     is_small_block,
     logit_blocks,
+    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -120,18 +121,15 @@ def _info_nce_bwd(
         return _joined_gradients(query, key, negatives, needs_key, needs_negatives, how)
     needs: dict[str, Any] = {"in_batch": in_batch, "needs_key": needs_key, "needs_negatives": needs_negatives}
     function: Any = functools.partial(_info_nce_parts, **needs, **how, grad_dtype=query.dtype)
-    is_pass = not in_batch and is_small_block(query, negatives, dtype)
-    if is_pass:
-        others = [None] * (6 + needs_key + 2 * needs_negatives)
-        function = features_pass(function, (query, key, negatives, *others), **how)
+    if not in_batch and is_small_block(query, negatives, dtype):
+        function = features_pass(function, (query, key, negatives, *[None] * (5 + needs_key)), **how)
 
     def inputs_of(grad_loss: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Return the inputs of ``_info_nce_parts`` after the coefficient of InfoNCE's gradients."""
         query, key, negatives, logit_scale, row, _ = others
         coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
         of_negatives = _nothing_from_columns(row, len(negatives))
-        shapes = query.shape, *[key.shape] * needs_key, *[negatives.shape, negatives.shape[:1]] * needs_negatives
-        zeros = [row.new_zeros(shape) for shape in shapes] if is_pass else []
+        zeros = [row.new_zeros(key.shape)] if needs_key and not in_batch else []
         return coefficient, *others, coefficient * logit_scale, of_negatives, *zeros
 
     def compute(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -183,49 +181,44 @@ def _joined_gradients(
 
 def _info_nce_parts(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, row: Tensor, uses_shared_shift: Tensor,
-    factor: Tensor, of_queue: Tensor, *zeros: Tensor,
+    factor: Tensor, of_queue: Tensor, acc_key: Tensor | None = None, *,
     in_batch: bool, needs_key: bool, needs_negatives: bool, normalize: bool, dtype: torch.dtype,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return InfoNCE's gradients of the queries, of keys and negatives if needed, and the terms of that of the scale.
 
-    ``zeros`` is empty, or has zeros of the shapes of these gradients, and then [K] if that of K negatives is needed.
+    Without ``in_batch``, nothing is added to the zeros of ``acc_key``: the gradient of a key comes from its pair alone.
     """
     blocks = logit_blocks(query.device)
     x, y = prepare_both(query, key, dtype, normalize=normalize)
     queue = blocks.prepare(negatives, dtype, normalize=normalize)
-    given = iter(zeros)
-    acc = next(given, None)
-    acc_key, acc_queue = (
-        (next(given, None) if zeros else blocks.new_accumulator(len(side.rows), side.rows)) if needed else None
-        for side, needed in ((y, needs_key), (queue, needs_negatives))
-    )
+    if needs_key and in_batch:
+        acc_key = new_accumulator(len(key), y.rows)
+    acc_queue = new_accumulator(len(negatives), queue.rows) if needs_negatives else None
     of_keys = _nothing_from_columns(row, len(key)) if in_batch else None
     one_minus_p = row[2]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the InfoNCE gradient of a strip of queries, against the batch's keys and the queue."""
-        own, of_rows = x.rows[strip], row[:, strip]
+        own, of_rows, is_first = x.rows[strip], row[:, strip], strip.start == 0
         scale_sums = []
         if of_keys is not None:
-            normalizers = Normalizers(of_rows, of_keys, uses_shared_shift)
-            scale_sums.append(blocks.add_gradients(own, y.rows, logit_scale, normalizers, strip.start, acc, acc_key))
-        normalizers = Normalizers(of_rows, of_queue, uses_shared_shift)
-        no_pair = len(negatives)
-        scale_sums.append(blocks.add_gradients(own, queue.rows, logit_scale, normalizers, no_pair, acc, acc_queue))
+            block = own, y.rows, logit_scale, Normalizers(of_rows, of_keys, uses_shared_shift), strip.start
+            scale_sums.append(blocks.add_gradients(*block, acc, acc_key, is_new_x=True, is_new_y=is_first))
+        block = own, queue.rows, logit_scale, Normalizers(of_rows, of_queue, uses_shared_shift), len(negatives)
+        scale_sums.append(blocks.add_gradients(*block, acc, acc_queue, is_new_x=not in_batch, is_new_y=is_first))
         return scale_sums
 
     grads = [new_gradient(query, grad_dtype)]
-    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, grads[0], add, acc)
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, grads[0], add)
     # These gradients are allocated here, so that they can reuse the memory of G.
     if acc_key is not None:
         grads.append(new_gradient(key, grad_dtype))
         blocks.finish(acc_key, y, x.rows, 0, one_minus_p, factor, grads[-1])
     if acc_queue is not None:
         grads.append(new_gradient(negatives, grad_dtype))
-        # With the offset len(query), no negative of the queue is part of a pair.
-        nothing = next(given) if zeros else row.new_zeros(len(negatives))
-        blocks.finish(acc_queue, queue, x.rows, len(query), nothing, factor, grads[-1])
+        # With the offset len(query), no negative of the queue is part of a pair. The zeros stand for one_minus_p.
+        blocks.finish(acc_queue, queue, x.rows, len(query), of_queue[1], factor, grads[-1])
     return *grads, *(part for part in parts if part is not None)
 
 

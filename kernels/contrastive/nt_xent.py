@@ -29,6 +29,7 @@ from .shared import (
     gradients_in_strips,
     is_small_block,
     logit_blocks,
+    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -95,9 +96,8 @@ def _nt_xent_bwd(
     of the arguments.
     """
     function: Any = functools.partial(_nt_xent_parts, normalize=normalize, dtype=dtype, grad_dtype=first.dtype)
-    is_pass = is_small_block(first, second, dtype)
-    if is_pass:
-        function = features_pass(function, (first, second, *[None] * 7), dtype, normalize=normalize)
+    if is_small_block(first, second, dtype):
+        function = features_pass(function, (first, second, *[None] * 5), dtype, normalize=normalize)
 
     def compute(
         grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
@@ -105,9 +105,8 @@ def _nt_xent_bwd(
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Compute the gradients of NT-Xent."""
         coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
-        zeros = [row.new_zeros(side.shape) for side in (first, second)] if is_pass else []
         first_grad, second_grad, *parts = function(
-            first, second, logit_scale, row, col, uses_shared_shift, coefficient * logit_scale, *zeros
+            first, second, logit_scale, row, col, uses_shared_shift, coefficient * logit_scale
         )
         # Each logit is a product of two features, and the gradients of both count it. Therefore the sum is halved.
         return first_grad, second_grad, scale_gradient(parts, coefficient / 2)
@@ -117,24 +116,21 @@ def _nt_xent_bwd(
 
 def _nt_xent_parts(
     first: Tensor, second: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, uses_shared_shift: Tensor,
-    factor: Tensor, *accumulators: Tensor, normalize: bool, dtype: torch.dtype, grad_dtype: torch.dtype,
+    factor: Tensor, *, normalize: bool, dtype: torch.dtype, grad_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the NT-Xent gradients of both views, and the terms of that of the scale.
-
-    ``accumulators`` has zeros for both gradients, or nothing.
-    """
+    """Return the NT-Xent gradients of both views, and the terms of that of the scale."""
     blocks = logit_blocks(first.device)
     x, y = prepare_both(first, second, dtype, normalize=normalize)
     first_grad = new_gradient(first, grad_dtype)
-    acc_first, acc_second = accumulators or (None, blocks.new_accumulator(len(second), y.rows))
+    acc_second = new_accumulator(len(second), y.rows)
     (row, row_within), (col, col_within) = row, col
     one_minus_p = row[2]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the NT-Xent gradient of a strip of one view, against both views."""
         own, start = x.rows[strip], strip.start
-        normalizers = Normalizers(row[:, strip], col, uses_shared_shift)
-        across = blocks.add_gradients(own, y.rows, logit_scale, normalizers, start, acc, acc_second)
+        block = own, y.rows, logit_scale, Normalizers(row[:, strip], col, uses_shared_shift), start
+        across = blocks.add_gradients(*block, acc, acc_second, is_new_x=True, is_new_y=start == 0)
         # The G of first views with first views is symmetric, so its rows hold the whole gradient. Row sums and column
         # sums differ by rounding only. But a probability near 1 must be computed from the very sum that contains its
         # logit, so the columns take the column sums.
@@ -143,7 +139,7 @@ def _nt_xent_parts(
         # ``across`` counts twice, since its logits contribute to the gradients of first and of second views.
         return [across, across, within]
 
-    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add, acc_first)
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add)
     normalizers = Normalizers(col, col_within, uses_shared_shift)
     parts.append(blocks.add_gradients(y.rows, y.rows, logit_scale, normalizers, 0, acc_second, None))
     second_grad = new_gradient(second, grad_dtype)  # allocated here, so that it can reuse the memory of G

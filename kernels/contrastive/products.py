@@ -32,7 +32,7 @@ from .operands import (
     vector,
 )
 from .softmax_kernels import _grad_tile_kernel
-from .stats import Normalizers
+from .stats import Normalizers, clear_new
 from .strips import PART_COLS, strip_plan
 
 
@@ -65,7 +65,7 @@ class _Descriptors:
 def add_products(
     x: Tensor, y: Tensor, offset: int, edges: tuple[int, int], shared: tuple[Tensor, ...], of_rows: tuple[Tensor, ...],
     of_cols: tuple[Tensor, ...], acc_x: Tensor | None, acc_y: Tensor | None, *, is_softmax: bool,
-    is_new: tuple[bool, bool] = (False, False),
+    is_new: tuple[bool, bool],
 ) -> Tensor:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
@@ -83,9 +83,7 @@ def add_products(
     """
     if 0 in (len(x), len(y)):
         # Without a block, no kernel runs, and so none writes the first values of an accumulator.
-        for acc, has_no_values in zip((acc_x, acc_y), is_new, strict=True):
-            if acc is not None and has_no_values:
-                acc.zero_()
+        clear_new((acc_x, is_new[0]), (acc_y, is_new[1]))
     acc_x, strip = (None, acc_x) if acc_x is not None and acc_x.ndim == 3 else (acc_x, None)
     if strip is None and 0 < x.shape[0] <= edges[0] and 0 < y.shape[0] <= edges[1]:
         vectors = *shared, *of_rows, *of_cols

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import Op
 from ..checks import check_device, check_float, check_like, check_tensor
-from ..dtypes import FLOATS, autocast_dtype, dtype_name
+from ..dtypes import FLOATS, accumulate_dtype, autocast_dtype, dtype_name
 from ..launch import triton_runs_on
 from ..replay import Pass
 from . import cpu, launches, operands
@@ -140,22 +140,26 @@ def new_gradient(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def new_accumulator(rows: int, like: Tensor) -> Tensor:
+    """Return an uninitialised accumulator [rows, D] of gradients, for prepared features ``like`` [any, D]."""
+    return like.new_empty(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
+
+
 def gradients_in_strips(
     blocks: ModuleType, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
-    add: Callable[[slice, Tensor], list[Tensor | None]], accumulator: Tensor | None = None,
+    add: Callable[[slice, Tensor], list[Tensor | None]],
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute the gradient of features in strips of rows, so that only a strip at a time is held in float32.
 
-    ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns the results
-    of its calls of :func:`.launches.add_gradients`. ``accumulator`` has zeros for the rows if they are a single strip;
-    without it, accumulators are made here. The other arguments are those of :func:`.launches.finish`.
+    ``add(strip, acc)`` writes G times features to the new accumulator ``acc`` of the rows ``strip``, and returns the
+    results of its calls of :func:`.launches.add_gradients`. The other arguments are those of :func:`.launches.finish`.
 
     Returns:
         The terms of the gradient of the scale, for :func:`scale_gradient`: the results of ``finish`` and ``add``.
     """
     parts = []
     for strip in blocks.strips(own.rows, other):
-        acc = blocks.new_accumulator(strip.stop - strip.start, own.rows) if accumulator is None else accumulator
+        acc = new_accumulator(strip.stop - strip.start, own.rows)
         parts += add(strip, acc)
         parts.append(
             blocks.finish(acc, own.part(strip), other, offset + strip.start, one_minus_p[strip], factor, out[strip])

@@ -44,6 +44,7 @@ from .shared import (
     gradients_in_strips,
     is_one_block,
     logit_blocks,
+    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -105,13 +106,13 @@ def _loss_and_gradients_in_blocks(
     one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
     factor = logit_scale / max(len(image), 1)
     image_grad = _held_gradient(image)
-    acc_text = blocks.new_accumulator(len(text), y.rows)
+    acc_text = new_accumulator(len(text), y.rows)
     sums = [of_pairs]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the sigmoid loss's gradient of a strip of images, and keep its sums."""
-        own, start = x.rows[strip], offset + strip.start
-        sums.append(blocks.add_sigmoid_gradients(own, y.rows, logit_scale, logit_bias, start, acc, acc_text))
+        block = x.rows[strip], y.rows, logit_scale, logit_bias, offset + strip.start
+        sums.append(blocks.add_sigmoid_gradients(*block, acc, acc_text, is_new_y=strip.start == 0))
         return []
 
     gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)

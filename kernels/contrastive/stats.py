@@ -116,6 +116,13 @@ class RankWeights(NamedTuple):
     factor: Tensor  # [], coefficient times the scale of the logits
 
 
+def clear_new(*accumulators: tuple[Tensor | None, bool]) -> None:
+    """Write zeros to those accumulators of gradients that have no values yet, as their flags say."""
+    for acc, is_new in accumulators:
+        if acc is not None and is_new:
+            acc.zero_()
+
+
 def new_stats(x: Tensor, y: Tensor) -> SoftmaxStats:
     """Return the statistics of the logits x y^T before any logit has been seen."""
     row_max, col_max = (x.new_full((len(side),), float("-inf"), dtype=accumulate_dtype(x.dtype)) for side in (x, y))
