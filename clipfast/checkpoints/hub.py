@@ -5,7 +5,10 @@ one that the hub states.
 """
 
 import re
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from .. import __version__
 from .checkpoint import CheckpointError
@@ -55,7 +58,7 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
             "pip install 'clipfast[hub]'"
         ) from error
     failures: list[Exception] = []
-    only_cached = False
+    only_cached = not (constants.HF_HUB_OFFLINE or _has_network(constants.ENDPOINT))
     for name in names:
         try:
             return Path(
@@ -65,12 +68,20 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
                 )
             )  # fmt: skip
         except Exception as error:  # huggingface_hub raises errors of the network, too
-            if not only_cached:
+            if not only_cached or not failures:
                 failures.append(error)
             is_missing = isinstance(error, errors.EntryNotFoundError)
             only_cached |= not is_missing or isinstance(error, errors.LocalEntryNotFoundError)
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     raise HubError(_explain(repository, names, failures, cache)) from failures[-1]
+
+
+def _has_network(endpoint: str) -> bool:
+    """Return False if the host of the hub has no address; huggingface_hub would try to reach it for 25 seconds."""
+    try:
+        return bool(getproxies() or socket.getaddrinfo(urlsplit(endpoint).hostname, None))
+    except OSError:
+        return False
 
 
 def _explain(repository: str, names: tuple[str, ...], failures: list[Exception], cache: Path) -> str:
@@ -88,7 +99,8 @@ def _explain(repository: str, names: tuple[str, ...], failures: list[Exception],
         )
     unreachable = [failure for failure in failures if isinstance(failure, errors.LocalEntryNotFoundError)]
     if unreachable:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(unreachable[0].__cause__ or "offline")
+        cause = str(unreachable[0].__cause__ or f"{constants.ENDPOINT} has no address here").splitlines()[0]
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else cause
         return (
             f"{wanted} of {label} is not in the cache {cache}, and the hub cannot be reached ({reason:.200}): where "
             f"there is a network, run: hf download {repository} {names[0]}; then copy "

@@ -302,6 +302,17 @@ def test_what_the_hub_answers(monkeypatch):
             fetch("org/x", "a.bin", "b")
 
 
+def test_a_hub_without_an_address_is_not_tried_again_and_again(monkeypatch, cache):
+    from huggingface_hub import constants, file_download
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies_environment", dict)
+    monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=OSError("no such name")))
+    monkeypatch.setattr(file_download, "get_hf_file_metadata", Mock(side_effect=AssertionError("asked the hub")))
+    with pytest.raises(HubError, match=r"is not in the cache .* \(https://\S+ has no address here\)"):
+        fetch("org/x", "a.bin", "b")
+
+
 def test_no_other_file_is_downloaded_in_place_of_one_that_may_be_there(monkeypatch, tmp_path):
     """After a time-out for OpenCLIP's config, config.json is not tried: the repository would pass as transformers'."""
     import huggingface_hub
