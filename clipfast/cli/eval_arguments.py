@@ -34,7 +34,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     """Add ``--model``, ``--pretrained`` and other arguments that choose the model; ``several`` allows more than one."""
     add = parser.add_argument
     model = "folder of a run (its newest checkpoint, if it is not finished) or of a model, .pt file, model name, "
-    model += "hf-hub:ORG/REPO, or open_clip:NAME for any model that OpenCLIP builds"
+    model += "OpenCLIP's JSON file of a model, hf-hub:ORG/REPO, or open_clip:NAME for any model that OpenCLIP builds"
     if several:
         add("--model", nargs="+", default=[], help=f"{model}; NAME,TAG is a model name with its weights")
     else:

@@ -311,7 +311,6 @@ def evaluate(options: Mapping[str, Any]) -> int:
     Raises:
         ValueError: see :func:`commands`.
     """
-    from ..train.build import registered
     from .main import main
 
-    return max(map(main, list(commands({**options, "model": registered(str(options["model"]))}))))
+    return max(map(main, list(commands(options))))

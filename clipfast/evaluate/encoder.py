@@ -21,6 +21,7 @@ from ..io.progress import each
 from ..kernels.fp8.support import check_fp8
 from ..models import CLIP
 from ..models.packed_images import PackedImages
+from ..models.registry import registered
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
 
@@ -65,14 +66,15 @@ class Encoder:
     ) -> "Encoder":  # fmt: skip
         """Build an encoder for evaluation, by the arguments of :func:`clipfast.create_model` and ``get_tokenizer``.
 
-        ``image_seq_len`` is the largest number of patches of an image, for NaFlex models. For a ``name`` that starts
-        with ``open_clip:``, OpenCLIP builds the model, and clipfast's kernels are applied to it.
+        ``name`` may be OpenCLIP's JSON file of a model. ``image_seq_len`` is the largest number of patches of an image,
+        for NaFlex models. For a ``name`` that starts with ``open_clip:``, OpenCLIP builds the model, and clipfast's
+        kernels are applied to it.
 
         Raises:
             ValueError: the model has no weights, there is no such model, or OpenCLIP is not installed.
         """
         if not name.startswith(OPEN_CLIP_PREFIX):
-            source = dataclasses.replace(resolve_source(name, pretrained, cache_dir=cache_dir), name=name)
+            source = dataclasses.replace(resolve_source(registered(name), pretrained, cache_dir=cache_dir), name=name)
             model = create_model(
                 source, require_pretrained=True, device=device, backend=backend, force_image_seq_len=image_seq_len
             ).eval()

@@ -87,6 +87,14 @@ def add_model_config(path: str | Path) -> None:
     _CONFIGS[Path(path).stem] = read_model_config(path)
 
 
+def registered(name: str) -> str:
+    """Return the name of a model; if ``name`` is the path of a JSON file, register its configuration."""
+    if name.endswith(".json"):
+        add_model_config(name)
+        return Path(name).stem
+    return name
+
+
 def read_model_config(path: str | Path) -> CLIPConfig:
     """Return the configuration in OpenCLIP's JSON file ``path``.
 

@@ -18,7 +18,7 @@ def refuse_closure(optimizer: torch.optim.Optimizer, closure: Callable[[], float
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW with ``fused=True``, for parameters that are no DTensors, without AMSGrad.
+    """PyTorch's AdamW with ``fused=True``, for parameters that are no DTensors.
 
     Groups, state, results and launches are those of PyTorch's class. PyTorch's step looks at each parameter several
     times, and groups all tensors by device and dtype, though a model nearly always has only one such group.
@@ -52,11 +52,12 @@ class AdamW(torch.optim.AdamW):
         if not all(states):
             self._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
         first, second, steps = zip(*map(_STATE_OF, states), strict=True)
+        largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
         (beta1, beta2), found_inf = group["betas"], getattr(self, "found_inf", None)
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
-            parameters, grads, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=group["maximize"],
+            parameters, grads, first, second, largest, steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=group["amsgrad"], maximize=group["maximize"],
             grad_scale=getattr(self, "grad_scale", None), found_inf=found_inf,
         )  # fmt: skip
         if found_inf is not None:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from ..kernels.fp8.support import check_fp8
 from ..losses.accumulation import micro_batches
 from ..losses.distill_loss import DistillClipLoss
 from ..losses.siglip_loss import SigLipLoss
-from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
+from ..models import CLIP, CLIPConfig, SigLIPConfig, build
 from ..models.file_tokenizer import FileTokenizer, tokenizer_of
 from ..models.naflex import NaFlexVision
+from ..models.registry import registered
 from ..models.tokenizer import Tokenizer
 from .fsdp import is_sharded, shard
 from .step import Images, Texts
@@ -120,14 +120,6 @@ def _set_seq_len(config: TrainConfig, model: CLIP) -> None:
     if config.naflex_seq_lens:
         visual.image_seq_len = max(config.naflex_seq_lens)
         model.config = model.config.with_vision(image_seq_len=visual.image_seq_len)
-
-
-def registered(name: str) -> str:
-    """Return the name of the model to train; if ``model`` is the path of a JSON file, register its configuration."""
-    if name.endswith(".json"):
-        add_model_config(name)
-        return Path(name).stem
-    return name
 
 
 def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _construct(
     fused = _FUSED_FOR_DTENSORS if has_dtensors else _FUSED
     if kind in fused and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
         options |= {"fused": True}
-        if kind is torch.optim.AdamW and not has_dtensors and "amsgrad" not in given:
+        if kind is torch.optim.AdamW and not has_dtensors:
             kind = AdamW
     options |= given
     try:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from clipfast.evaluate.classification import Classified, classify, intervals, metrics, recalls, worst_classes
 from clipfast.evaluate.intervals import percent, wilson
+from clipfast.models import get_model_config
 
 from ..small_runs import sample, write_shard
 from .eval_commands import check_page, check_refused, printed, split, wrong_inputs
@@ -71,6 +72,16 @@ def data(tmp_path_factory):
     texts = [HOSTILE if index % 7 == 0 else f"thing {index % 7}" for index in range(30)]
     samples = [sample(index, txt=text.encode()) for index, text in enumerate(texts)]
     return write_shard(folder / "a.tar", [*samples, sample(0, png=b"broken")])
+
+
+def test_a_model_by_the_json_file_of_open_clip(model, data, tmp_path, capsys):
+    config = tmp_path / "ViT-custom.json"
+    config.write_text(json.dumps(get_model_config(model[1]).to_dict()))
+    expected, found = (
+        json.loads(printed(capsys, "zeroshot", *words, *model[2:], "--data", data, "--templates", "plain")[0])
+        for words in (model[:2], ["--model", config])
+    )
+    assert (found["model"], found["metrics"]) == (str(config), expected["metrics"])
 
 
 @pytest.mark.long

@@ -88,14 +88,17 @@ def test_classes_and_arguments(model, options, kind, defaults):
 
 
 def test_adamw_computes_what_pytorchs_does_to_the_last_bit():
-    """clipfast's AdamW is bit-equal to PyTorch's, also in bfloat16, without a gradient, and after a skipped step."""
+    """AdamW is bit-equal to PyTorch's, also in bfloat16, with AMSGrad, without a gradient, and after a skipped step."""
     torch.manual_seed(0)
     values = torch.randn(5, 3), torch.randn(4), torch.randn(6).bfloat16(), torch.randn(2)
     runs = []
     for kind in (AdamW, torch.optim.AdamW):
         torch.manual_seed(1)
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
-        groups = [{"params": parameters[:1], "weight_decay": 0.3, "lr": 0.1}, {"params": parameters[1:]}]
+        groups = [
+            {"params": parameters[:1], "weight_decay": 0.3, "lr": 0.1},
+            {"params": parameters[1:], "amsgrad": True},
+        ]
         optimizer, cleared = kind(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-5, weight_decay=0.0, fused=True), []
         for step in range(5):
             for parameter in parameters[: 3 + step]:
