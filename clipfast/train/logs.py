@@ -147,6 +147,11 @@ class _OutLog(logging.handlers.WatchedFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Drop a line that cannot be written to ``out.log``; logging would print a traceback for each."""
 
+    def close(self) -> None:
+        """Close ``out.log``, even if its last lines cannot be written: else this error would hide that of the run."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 @contextlib.contextmanager
 def logging_to(folder: RunFolder, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:

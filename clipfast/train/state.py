@@ -193,6 +193,8 @@ class RunState:
                 raise ValueError("its groups hold other parameters")
             # A fused optimizer does not check shapes, and would write beyond the end of moments that are too small.
             for parameter, moments in self.optimizer.state.items():
+                # A tensor that stays on the CPU lies in the checkpoint's file, and would keep its space on the disk.
+                moments.update({k: x.clone() for k, x in moments.items() if isinstance(x, Tensor) and x.is_cpu})
                 if any(name in moments and moments[name].shape != parameter.shape for name in MOMENTS):
                     raise ValueError("its moments have other shapes than the parameters")
         except (ValueError, KeyError) as error:

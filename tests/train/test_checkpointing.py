@@ -22,6 +22,7 @@ from clipfast.distributed.ending import Interruption
 from clipfast.io.files import DiskFullError, replace_file
 from clipfast.runs.folder import RunFolder
 from clipfast.runs.lock import LOCK_NAME, FolderLostError, locked
+from clipfast.train.logs import logging_to
 from clipfast.train.trainer import Trainer
 
 from ..small_runs import run_command
@@ -202,6 +203,11 @@ class TestFailingDisk:
             for step in (1, 2):
                 folder.record(step=step)
         assert "metrics.jsonl cannot be written: No such file or directory" in said.call_args.args[0]
+
+    def test_a_log_that_cannot_be_written_hides_no_error(self, tmp_path):
+        (tmp_path / "out.log").symlink_to("/dev/full")
+        with logging_to(RunFolder(tmp_path)):  # an error when it closes the log would hide that of the run
+            logging.getLogger("clipfast").error("a line")
 
 
 class TestFolderOfARun:

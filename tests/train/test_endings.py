@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -193,6 +194,8 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_not_kept_in_memory(copied, sm
         gc.collect()
         assert kept
         assert [found for found in (reference() for reference in kept) if found is not None] == []
+        # A file that is mapped stays on the disk after it is removed.
+        assert str(copied.latest) not in Path("/proc/self/maps").read_text()
         return fit(trainer, interruption)
 
     with mock.patch("clipfast.checkpoints.of_run.read_checkpoint", read), mock.patch.object(Trainer, "fit", checked):
