@@ -62,15 +62,16 @@ class _Target:
 
 
 @contextlib.contextmanager
-def _launches_for(target: _Target) -> Iterator[None]:
-    """Launch the kernels in this context for ``target``."""
-    global _target
-    outer, _target = _target, target
+def _launches_for(target: _Target | None, *, on_cpu: bool) -> Iterator[None]:
+    """Launch the kernels in this context for ``target``, and with ``on_cpu`` also those for CPU tensors."""
+    global _target, _execute_on_cpu
+    outer = _target, _execute_on_cpu
+    _target, _execute_on_cpu = target, on_cpu
     forget_plans()
     try:
         yield
     finally:
-        _target = outer
+        _target, _execute_on_cpu = outer
         forget_plans()
 
 
@@ -81,33 +82,23 @@ def record_launches(arch: int, multiprocessors: int | None = None) -> Iterator[l
     With ``multiprocessors``, sizes that depend on the number of multiprocessors are those of a GPU that has this many.
     """
     launches: list[Launch] = []
-    with _launches_for(_Target(arch, multiprocessors, launches=launches)):
+    with _launches_for(_Target(arch, multiprocessors, launches=launches), on_cpu=_execute_on_cpu):
         yield launches
 
 
-@contextlib.contextmanager
-def execute_on_cpu() -> Iterator[None]:
+def execute_on_cpu() -> contextlib.AbstractContextManager[None]:
     """Launch the Triton kernels for CPU tensors too; this is for tools that replace the launch by their own
     execution.
     """
-    global _execute_on_cpu
-    outer, _execute_on_cpu = _execute_on_cpu, True
-    forget_plans()
-    try:
-        yield
-    finally:
-        _execute_on_cpu = outer
-        forget_plans()
+    return _launches_for(_target, on_cpu=True)
 
 
-@contextlib.contextmanager
-def stand_in(device: torch.device, arch: int, multiprocessors: int) -> Iterator[None]:
+def stand_in(device: torch.device, arch: int, multiprocessors: int) -> contextlib.AbstractContextManager[None]:
     """Launch the Triton kernels for CPU tensors as if these were on ``device``, a GPU of compute capability ``arch``.
 
     This is for a stub of the CUDA driver (:mod:`clipfast.bench.stub`). ``device`` is made current for each launch.
     """
-    with _launches_for(_Target(arch, multiprocessors, device)), execute_on_cpu():
-        yield
+    return _launches_for(_Target(arch, multiprocessors, device), on_cpu=True)
 
 
 def _target_of(device: torch.device) -> _Target | None:

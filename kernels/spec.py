@@ -303,11 +303,6 @@ class Target:
     kernels: tuple[Tunable, ...]
 
 
-def no_overrides(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Return a context that leaves the committed launch configurations as they are."""
-    return nullcontext()
-
-
 @dataclasses.dataclass(frozen=True)
 class OpSpec:
     """All that tools must know about an op.
@@ -360,7 +355,7 @@ class OpSpec:
     follows_autocast: bool = True
     shipped: tuple[Shipped, ...] = ()
     targets: tuple[Target, ...] = ()
-    small_tiles: Callable[[torch.dtype], AbstractContextManager[object]] = no_overrides
+    small_tiles: Callable[[torch.dtype], AbstractContextManager[object]] = lambda _: nullcontext()
     fused: Callable[..., Any] | None = None
     timed: Callable[..., Any] | None = None
     needs_fp8: bool = False

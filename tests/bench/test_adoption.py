@@ -1,6 +1,5 @@
 """Test the committed table of the ops that models of other libraries run on, and the command that writes it."""
 
-import collections
 import dataclasses
 import re
 from pathlib import Path
@@ -9,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from clipfast.adopt import places
-from clipfast.bench.adoption import __main__ as command
 from clipfast.bench.adoption import table
 
 TABLE = Path(__file__).parents[2] / "docs/tables/adopt.md"
@@ -105,37 +102,3 @@ def test_measuring():
 
     row = table.measure(library_of(nn.Linear(3, 4), build=missing), "linear")
     assert table.cells(row, {}) == ("not built: No module named 'torchlibrosa'", *[""] * (len(table.PARTS) - 1))
-
-
-def test_models_that_run_on_the_same_are_one_row():
-    def row(error: float, **places: dict[str, int]) -> table.Row:
-        """Return a row of the table of adopted models with these parts and error."""
-        found = {part: collections.Counter(places.get(part, {})) for part in table.PARTS}
-        return table.Row(found, (error, error / 1e3))
-
-    ours, left = "clipfast.attention", "as before: its mask hides padding"
-    rows = {
-        "a": row(1e-7, attention={ours: 3, left: 2}, norms={"clipfast.layer_norm": 4}),
-        "b": row(3e-7, attention={ours: 2, "clipfast.attention, causal": 1, left: 2}, norms={"clipfast.layer_norm": 4}),
-        "c": row(0.0, attention={left: 2, "as before: other": 1}),
-    }
-    text = table.section(library_of(nn.Linear(3, 4)), rows)
-    assert "| a, b | 3 of 5 (1) | 4 of 4 | – | – | – | – | – | – | 3e-07 | 3e-10 |\n| c | 0 of 3 (1, 2) |" in text
-    assert text.endswith("\n\n1. its mask hides padding.\n2. other.")
-
-
-def test_the_command_writes_a_section_in_the_place_of_its_older_one(tmp_path, monkeypatch, capsys, one_thread):
-    monkeypatch.setattr(table, "LIBRARIES", (library_of(nn.Linear(3, 4)),))
-    monkeypatch.setattr(places, "CPU_DTYPES", places.CPU_DTYPES)  # restored after the test, since the command sets it
-    path = tmp_path / "table.md"
-    path.write_text(
-        table.fill(table.fill(table.HEAD, "## PyTorch 0\n\nkept"), f"## PyTorch {torch.__version__}\n\nold")
-    )
-    assert command.main(["--file", str(path)]) == 0
-    text = path.read_text()
-    assert f"kept\n\n## PyTorch {torch.__version__}\n" in text
-    assert "old" not in text.removeprefix(table.HEAD)
-    assert text.count("| linear | – | – | – | – | – | – | – | – | 0e+00 | 0e+00 |") == 1
-    with pytest.raises(SystemExit):
-        command.main(["open-clip", "--file", str(path)])
-    assert "open-clip" in capsys.readouterr().err

@@ -2,23 +2,7 @@
 
 import sys
 
-import pytest
-
-from clipfast.cli.main import COMMANDS
-
 from ..small_runs import TINY, commands, run_command
-
-HELP = dict.fromkeys(COMMANDS, "exit code") | {
-    "": "checkpoints:", "eval zeroshot": "--templates", "train": "memory and speed:", "bench": "layer_norm",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("command", HELP)
-def test_help_teaches(capsys, command):
-    code, out, _ = run_command(capsys, *command.split(), "--help")
-    assert code == 0
-    assert out.startswith(f"usage: clipfast {command}")
-    assert HELP[command] in out.lower()
 
 
 @commands("""

@@ -16,7 +16,6 @@ from PIL import Image
 from clipfast import create_model
 from clipfast.cli.main import main
 
-from ..processes import run_ranks
 from ..small_runs import everything, run_command
 
 
@@ -86,10 +85,3 @@ def as_rank(rank: int, size: int, commands: list[list[str]]) -> list[tuple[int, 
             code = main(words)
         found.append((code, out.getvalue(), err.getvalue() if code else ""))
     return found
-
-
-def check_ranks(capsys: pytest.CaptureFixture[str], folder: Path, commands: list[list[object]], run=as_rank) -> None:
-    """Check that rank 0 of three ranks prints an evaluation as a single process does, and the other ranks nothing."""
-    commands = [["eval", *map(str, words), "--device", "cpu"] for words in commands]
-    alone = [(0, printed(capsys, *words[1:])[0], "") for words in commands]
-    assert run_ranks(run, 3, 3, commands, folder=folder, timeout=300) == [alone, *[[(0, "", "")] * len(commands)] * 2]

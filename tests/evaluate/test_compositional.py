@@ -7,7 +7,7 @@ import pytest
 
 from ..small_runs import write_shard
 from .benchmark_sets import solid
-from .eval_commands import check_page, check_ranks, check_refused, evaluated, printed, split, wrong_inputs
+from .eval_commands import check_page, check_refused, evaluated, printed, split, wrong_inputs
 
 HOSTILE = "<script>alert('x')</script>&"
 
@@ -241,12 +241,3 @@ def test_a_box_that_cannot_be_cut_out_is_named(by_colour, tmp_path, capsys):
     found, err = evaluate(capsys, path)
     assert counted(found) == ("aro", 1, 5, 5)
     assert "left out 1.png: the box of 0x16 pixels at 0, 0 cannot be cut out" in err
-
-
-@pytest.mark.long
-def test_three_ranks_give_what_one_gives(model, tmp_path, capsys):
-    """Results do not depend on the ranks, which share seven blocks of 8 images, or of which one has the only block."""
-    write_sugar_crepe(tmp_path / "crepe")
-    sets = ("shapes:50", tmp_path / "crepe", write_shard(tmp_path / "a.tar", pairs()))
-    given = ["compositional", *model, "--batch-size", 8, "--data"]
-    check_ranks(capsys, tmp_path, [[*given, data] for data in sets])

@@ -18,7 +18,7 @@ from clipfast.evaluate.overlap_pairs import EDITS, contamination, pair, planted
 from clipfast.evaluate.significance import binomial_tail, clopper_pearson
 
 from ..small_runs import sample, write_shard
-from .eval_commands import check_page, check_ranks, check_refused, evaluated, printed, save_model, split, wrong_inputs
+from .eval_commands import check_page, check_refused, evaluated, printed, save_model, split, wrong_inputs
 
 
 def some_features(features, digests):
@@ -172,14 +172,3 @@ WRONG = {
 @wrong_inputs(WRONG)
 def test_wrong_inputs(words, message, sets, tmp_path, capsys):
     check_refused(capsys, tmp_path, message, *command(sets, ""), words=words, sets=sets)
-
-
-@pytest.mark.long
-def test_three_ranks_give_what_one_gives(sets, tmp_path, capsys):
-    """Results of overlap and bias do not depend on the ranks. A batch of 64 images leaves two ranks without images."""
-    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\n")
-    (tmp_path / "queries.txt").write_text("a doctor\na thing\n")
-    bias = "--added-labels {at}/added.tsv --queries {at}/queries.txt --k 9 --group-by category --min-count 5 "
-    commands = [command(sets, words) for words in ("--batch-size 8 --by pixels", "--batch-size 64 --by model")]
-    commands.append(split("bias " + MODEL + bias + "--threshold 0.02 --batch-size 8", sets=sets, at=tmp_path))
-    check_ranks(capsys, tmp_path, commands)

@@ -20,7 +20,7 @@ from clipfast.evaluate.probe_fit import (
 )
 
 from ..small_runs import picture, write_shard
-from .eval_commands import check_ranks, check_refused, printed, save_model, wrong_inputs
+from .eval_commands import check_refused, printed, save_model, wrong_inputs
 from .eval_commands import split as words_of
 
 NAMES = [f"class {number}" for number in range(20)]
@@ -204,8 +204,3 @@ WRONG = {
 @wrong_inputs(WRONG)
 def test_wrong_inputs(words, message, folder, capsys, tmp_path):
     check_refused(capsys, tmp_path, message, *command(folder, ""), words=words, at=folder)
-
-
-@pytest.mark.long
-def test_ranks_equal_one_process(folder, capsys, tmp_path):
-    check_ranks(capsys, tmp_path, [command(folder, "--C 1 --shots 1 --seeds 1 --batch-size 4")])

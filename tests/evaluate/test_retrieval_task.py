@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from clipfast.evaluate.retrieval import caption_recalls
 
 from ..small_runs import picture, sample, write_shard
-from .eval_commands import check_ranks, check_refused, printed, split
+from .eval_commands import check_refused, printed, split
 
 
 def restated(scores, owner, k):
@@ -84,10 +84,3 @@ def test_the_command(model, data, tmp_path, capsys):
 def test_images_without_captions_are_told(model, tmp_path, capsys):
     data = write_shard(tmp_path / "empty.tar", [{"png": picture(0), "json": b'{"caption": ["", " "]}'}])
     check_refused(capsys, tmp_path, "caption is empty", "retrieval", *model, "--data", data)
-
-
-@pytest.mark.long
-def test_three_ranks_give_what_one_gives(model, data, tmp_path, capsys):
-    """Recall does not depend on the ranks, even if one batch of 64 images leaves two ranks without images."""
-    tasks = ("retrieval --batch-size 64", "zeroshot --batch-size 8 --templates simple")
-    check_ranks(capsys, tmp_path, [[*task.split(), *model, "--data", data] for task in tasks])

@@ -9,9 +9,8 @@ from PIL import Image
 
 from clipfast.evaluate.effective_robustness import Line
 
-from . import eval_commands
-from .benchmark_sets import COLOURS, NAMES, ByColour
-from .eval_commands import check_ranks, check_refused, evaluated, printed, split, wrong_inputs
+from .benchmark_sets import COLOURS, NAMES
+from .eval_commands import check_refused, evaluated, printed, split, wrong_inputs
 
 pytestmark = pytest.mark.usefixtures("by_colour")
 
@@ -123,21 +122,6 @@ def test_outputs(data, capsys, tmp_path):
     assert rows[1::2] == [["hue", *hue[:5]], ["hue", *hue[5:]]]
     for name in ("p.png", "e.png"):
         assert Image.open(tmp_path / name).size[0] > 500
-
-
-def as_rank(rank, size, commands):
-    """Run ``clipfast eval robustness`` as one process of torchrun, with models that classify by colour."""
-    from clipfast.evaluate import encoder
-
-    encoder.Encoder = ByColour
-    return eval_commands.as_rank(rank, size, commands)
-
-
-@pytest.mark.long
-def test_three_ranks_equal_one_process(data, capsys, tmp_path):
-    """Results do not depend on the ranks: blocks of 16 images are shared unevenly, 512 leave two ranks without any."""
-    words = NATURAL + "--synthetic hue occlusion --baseline-model 0.3 0.6 --batch-size"
-    check_ranks(capsys, tmp_path, [command(data, words, size, model="0.7") for size in (16, 512)], as_rank)
 
 
 ALL = "--shift a={data}/all "

@@ -5,30 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from clipfast.kernels.attention.spec import AttentionShape
-from clipfast.kernels.contrastive.cases import LossShape
-
-from ..numerics import as_good_as_torch, compare
-from .conftest import call_at, needs_sanitizer, sanitizer_session
-
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-@each_dtype
-def test_an_error_of_two_percent_fails(dtype):
-    call = call_at("attention", AttentionShape(2, 50, 2, 16, bias=False), dtype=dtype)
-    compare(*call)
-    with pytest.raises(AssertionError, match=r"value: (rms|max)"):
-        compare(lambda qkv: 1.02 * call.op(qkv), *call[1:])
-    # Gradients of the loss are about 1 / N, so an absolute tolerance would let any error pass.
-    loss = call_at("contrastive_loss", LossShape(129, 72), dtype=dtype)
-
-    def wrong(image, text, logit_scale):
-        """Return the contrastive loss of image features that are wrong by two percent."""
-        return loss.op(image + 0.02 * (image - image.detach()), text, logit_scale)
-
-    with pytest.raises(AssertionError, match=r"d_image: (rms|max)"):
-        compare(wrong, *loss[1:])
+from ..numerics import as_good_as_torch
+from .conftest import needs_sanitizer, sanitizer_session
 
 
 def test_constant_bias_fails():
@@ -39,11 +17,6 @@ def test_constant_bias_fails():
     yardstick[0] += 1e-4
     with pytest.raises(AssertionError, match="rms error"):
         as_good_as_torch((truth + 5e-5).float(), yardstick, truth, 2.0, "x")
-
-
-def test_unwritten_output_is_seen(poison):
-    for x in (torch.empty(3), torch.empty_like(torch.zeros(3)), torch.zeros(3).new_empty(3)):
-        assert x.isnan().all()
 
 
 @triton.jit

@@ -176,14 +176,6 @@ def test_compiled_pooling_serves_all_lengths(native):
     assert counts[1:] == [counts[1]] * 4  # the second call makes the numbers of tokens variable
 
 
-def test_packed_texts_are_embedded_as_padded_ones(device):
-    lengths = [3, 7, 1, 5]
-    table, positions = torch.randn(11, 24, device=device), torch.randn(7, 24, device=device)
-    texts = [torch.randint(0, 11, (length,), device=device) for length in lengths]
-    found = text_embed(torch.cat(texts), table, positions, cu_seqlens=cumulative(lengths, device))
-    torch.testing.assert_close(found, torch.cat([text_embed(text[None], table, positions)[0] for text in texts]))
-
-
 # Wrong cumulative lengths of two sequences with nine tokens, each by a pattern for its error.
 WRONG = {
     r"must be \[(B \+ 1|3)\], got shape \(0,\)": torch.zeros(0, dtype=torch.int32),

@@ -16,7 +16,7 @@ from clipfast.train.loop import train
 from clipfast.train.trainer import Trainer
 
 from ..small_runs import TINY
-from ..train.test_training import config, losses, same, stopped_after, weights
+from ..train.test_training import config, same, stopped_after, weights
 from .test_accumulation import DIM, TEXT, VISION, Toy, batch, gradients
 
 
@@ -28,14 +28,6 @@ def tiny(shards, tmp_path):
     models = {"ViT": TINY, "ResNet": str(tmp_path / "resnet.json")}
     (tmp_path / "resnet.json").write_text(json.dumps(resnet))
     return lambda folder, model="ViT", **changes: config(shards, tmp_path / folder, model=models[model], **changes)
-
-
-def test_the_loss_goes_where_it_goes_with_the_whole_batch(tiny):
-    options = {"batch_size": 32, "train_num_samples": 96, "unique_by": None, "log_every_n_steps": 1, "epochs": 1}
-    whole, _ = train(tiny("whole", **options))
-    parts, _ = train(tiny("parts", micro_batch_size=16, **options))
-    assert len(losses(whole)) == 3
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def limited(forward, room, sizes):

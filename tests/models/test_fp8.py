@@ -242,11 +242,11 @@ def test_gradients_stay_near_those_of_float32_in_all_ways_to_run(recipe, model, 
     for checkpointing in (True, "selective"):
         again = gradients(recipe, checkpointing)
         assert all(torch.equal(again[name], grad) for name, grad in ours.items())
-    of_compiled = gradients(recipe, compiled=True)  # by the modules, as a compiler has to see them
     monkeypatch.setattr(transformer, "whole_blocks", lambda *_: {})
-    torch.testing.assert_close(of_compiled, gradients(recipe), rtol=1e-4, atol=1e-6)
     of_selective, of_modules = gradients(recipe, "selective"), gradients(recipe)
     assert all(torch.equal(of_selective[name], grad) for name, grad in of_modules.items())
+    if recipe == "full":  # test_fp8_training.py compiles the other recipe
+        torch.testing.assert_close(gradients(recipe, compiled=True), of_modules, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -141,14 +141,15 @@ def test_the_backend_torch_runs_none_of_our_ops(config):
     assert not seen
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_bytes_and_normalised_floats_agree(kind):
-    model = small(kind).eval()
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, RESNET, SIGLIP])
+def test_bytes_and_normalised_floats_agree(config):
+    model = build(read_model_config(config)).eval()
+    side = model.visual.image_size
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     v2 = pytest.importorskip("torchvision.transforms.v2")
     floats = v2.Normalize(model.visual.image_mean, model.visual.image_std)(images.float() / 255)
-    with torch.no_grad():
-        torch.testing.assert_close(model.encode_image(images), model.encode_image(floats), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode_image(images), model.encode_image(floats), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_may_be_cut():

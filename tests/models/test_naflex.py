@@ -274,19 +274,27 @@ def test_towers_that_are_not_built_are_refused(changed, message):
         CLIPConfig.from_dict(small_config("naflexvit_base_patch16_gap", **changed))
 
 
+def of_patches(patch):
+    """Return packed images of three heights, with patches of this size."""
+    return pack_images([torch.randn(3, patch * rows, patch * 9) for rows in (1, 17, 2)], patch)
+
+
 @pytest.mark.parametrize("config", [SIGLIP, GAP], ids=["siglip", "gap"])
-def test_autocast_and_compilation(config):
-    tower = NaFlexVision(config, 32)
-    images = pack_images([torch.randn(3, PATCH * rows, PATCH * 9) for rows in (1, 17, 2)], PATCH)
+def test_autocast(config):
+    tower, images = NaFlexVision(config, 32), of_patches(PATCH)
     expected = tower(images)
     with torch.autocast("cpu", torch.bfloat16):
         found = tower(images)
-        torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max()))
+
+
+def test_compilation():
+    # test_naflex_step.py compiles a tower that averages its tokens.
     torch.compiler.reset()
+    tower = NaFlexVision(SIGLIP, 32)
     compiled = torch.compile(tower, backend="aot_eager", fullgraph=True)
-    assert_near(compiled(images), expected)
-    for patch in (2, 8):
-        images = pack_images([torch.randn(3, patch * rows, patch * 9) for rows in (1, 17, 2)], patch)
+    for patch in (PATCH, 2, 8):
+        images = of_patches(patch)
         assert_near(compiled(images), tower(images))
 
 

@@ -14,7 +14,6 @@ import torch
 
 import clipfast
 from clipfast import create_model, get_model_config, sigmoid_loss
-from clipfast.kernels.reference import normalize_uint8
 from clipfast.models import CLIPConfig, SigLIP, SigLIPConfig, TextConfig, VisionConfig
 from clipfast.models.siglip import SigLIPTrunk
 from clipfast.models.siglip_config import PUBLISHED
@@ -100,14 +99,6 @@ def test_outputs_and_gradients_are_those_of_open_clip(kind, dtype):
 def test_initialisation_is_that_of_timm_and_open_clip():
     config = SigLIPConfig(128, VisionConfig(64, 2, 128, 64, 4.0, 8), TextConfig(64, 300, 256, 4, 3))
     assert_initialised_alike(SigLIP(config), open_clip_model(config))
-
-
-def test_bytes_are_normalised_in_the_model():
-    config = CONFIGS["tanh"]
-    model = make_model(config)
-    images = torch.randint(0, 256, (2, 3, 30, 30), dtype=torch.uint8)
-    floats = normalize_uint8(images, (0.5,) * 3, (0.5,) * 3, torch.float32)
-    torch.testing.assert_close(model.encode_image(images), model.encode_image(floats), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (33, 47), (8, 8)])
