@@ -130,9 +130,10 @@ def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
     return _lookup(GemmConfig, config_key(kernel, dtype), arch)
 
 
-def small_gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig | None:
-    """Return the configuration with smaller tiles for products that would leave multiprocessors idle, or None."""
-    return _lookup_any(GemmConfig, config_key(f"{kernel}_small", dtype), arch)
+def smaller_gemm_configs(kernel: str, arch: int, dtype: torch.dtype) -> list[GemmConfig]:
+    """Return the configurations with smaller tiles, if any, for products that would leave multiprocessors idle."""
+    found = [_lookup_any(GemmConfig, config_key(f"{kernel}_{size}", dtype), arch) for size in ("half", "small")]
+    return [config for config in found if config is not None]
 
 
 def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = None) -> RowConfig:

@@ -24,6 +24,7 @@ import torch
 from ..common import cdiv
 from ..configs import GemmConfig, gemm_config, planned
 from ..launch import arch_of
+from .operands import tile_config
 
 # The time in loop steps that a tile takes in addition to its loop (to be stored), and that a launch takes in addition
 # to its tiles. Both numbers come from simulating tiles of 128 x 256 by the model of an H100.
@@ -99,13 +100,15 @@ def most_bytes(cols: int, width: int) -> int:
     return max(2**25, min(2**27, 4 * cols * width))
 
 
-def products_config(device: torch.device, dtype: torch.dtype, width: int) -> GemmConfig:
+def products_config(device: torch.device, dtype: torch.dtype, width: int, *rows: int, copies: int = 1) -> GemmConfig:
     """Return the configuration of the kernel for the products of G with features of ``width`` numbers.
 
+    A launch computes ``copies`` products for each of the numbers ``rows`` of rows; without them, it has many tiles.
     A tile that is wider than high is turned if it then computes fewer columns for nothing: for 640 numbers, three tiles
     of 256 columns would compute 768, and five of 128 columns compute 640.
     """
-    cfg = gemm_config("contrastive_products", arch_of(device), dtype)
+    sizes = [(count, width) for count in rows]
+    cfg = tile_config("contrastive_products", device, dtype, *sizes, copies=copies)
     is_turned = cfg.block_m < cfg.block_n and -width % cfg.block_m < -width % cfg.block_n
     return dataclasses.replace(cfg, block_m=cfg.block_n, block_n=cfg.block_m) if is_turned else cfg
 

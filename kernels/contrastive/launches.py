@@ -193,7 +193,7 @@ def _sums_of_block(
 @planned
 def _sums_plan(layout: Layout) -> tuple[TilePlan, int, int]:
     """Return the plan of ``_stats_kernel``, and how many sums it stores for a row and for a column."""
-    cfg = tile_config("contrastive_stats", layout, (layout.m, layout.n))
+    cfg = tile_config("contrastive_stats", layout.device, layout.dtype, (layout.m, layout.n))
     num_m, num_n = cdiv(layout.m, cfg.block_m), cdiv(layout.n, cfg.block_n)
     segments, height = num_m, 1
     if has_tma(layout.device, layout.dtype, layout.d):

@@ -145,8 +145,8 @@ def _gradients(layout: Layout, weight: float, has_norm: bool, is_softmax: bool, 
     num_m, num_n = cdiv(m, rows.block_m), cdiv(n, rows.block_m) * has_y
     pairs = of_rows(_sigmoid_pairs_kernel, (num_m,), m, n, d, offset, stride_x, stride_y)
     stride_grad = aligned_stride(n, dtype)  # the stride of the rows that ``new_rows`` makes
-    of_g = grad_plan(layout, stride_grad, is_softmax, True)
-    cfg = tile_config("contrastive_products", layout, (m, d), (n, d))
+    of_g = grad_plan(layout, stride_grad, is_softmax)
+    cfg = tile_config("contrastive_products", device, dtype, (m, d), (n, d))
     x_tiles, y_tiles = (cdiv(side, cfg.block_m) * cdiv(d, cfg.block_n) for side in (m, n * has_y))
     products = Plan(
         _gradients_kernel, (x_tiles + y_tiles,),

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import aligned_stride, cdiv, matrix_tiles, new_rows, new_tensors
-from ..configs import GemmConfig, RowConfig, gemm_config, planned, row_config, small_gemm_config
+from ..configs import GemmConfig, RowConfig, gemm_config, planned, row_config, smaller_gemm_configs
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, Plan, arch_of, launch, multiprocessors
 from .kernels import _normalize_kernel
@@ -161,26 +161,27 @@ def plan_on_tiles(
     return TilePlan(plan, tile_of(cfg.block_m, cfg.block_k, layout), tile_of(cfg.block_n, cfg.block_k, layout))
 
 
-def tile_config(kernel: str, layout: Layout, *sizes: tuple[int, int]) -> GemmConfig:
-    """Return the configuration of a contrastive kernel that computes matrices of ``sizes`` in one launch.
+def tile_config(
+    kernel: str, device: torch.device, dtype: torch.dtype, *sizes: tuple[int, int], copies: int = 1
+) -> GemmConfig:
+    """Return the configuration of a contrastive kernel that computes ``copies`` matrices of each of ``sizes`` in one
+    launch.
 
     If its tiles leave some multiprocessors idle, smaller ones may take less time. The time is taken to be proportional
-    to the number of rounds in which the tiles run, times the size of a tile.
+    to the number of rounds in which the tiles run, times the numbers that a step of a tile's loop loads.
     """
-    arch, at_once = arch_of(layout.device), processors(layout.device)
-    cfg, small = gemm_config(kernel, arch, layout.dtype), small_gemm_config(kernel, arch, layout.dtype)
+    arch, at_once = arch_of(device), processors(device)
 
     def tiles_of(cfg: GemmConfig) -> int:
         """Return the number of tiles of logits or gradients in one launch with this configuration."""
-        return sum(cdiv(rows, cfg.block_m) * cdiv(cols, cfg.block_n) for rows, cols in sizes)
+        return copies * sum(cdiv(rows, cfg.block_m) * cdiv(cols, cfg.block_n) for rows, cols in sizes)
 
     def time_of(cfg: GemmConfig) -> int:
         """Return the estimated time of a launch on tiles of logits with this configuration."""
-        return cdiv(tiles_of(cfg), at_once) * cfg.block_m * cfg.block_n
+        return cdiv(tiles_of(cfg), at_once) * (cfg.block_m + cfg.block_n)
 
-    if small is None or tiles_of(cfg) >= at_once or time_of(small) >= time_of(cfg):
-        return cfg
-    return small
+    cfg = gemm_config(kernel, arch, dtype)
+    return cfg if tiles_of(cfg) >= at_once else min((cfg, *smaller_gemm_configs(kernel, arch, dtype)), key=time_of)
 
 
 def processors(device: torch.device) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E, cdiv, new_rows, slices
-from ..configs import gemm_config, planned
-from ..launch import Plan, arch_of
+from ..configs import planned
+from ..launch import Plan
 from .block_sizes import grad_grid, products_config, span
 from .kernels import _products_kernel, _sigmoid_grad_tile_kernel
 from .operands import (
@@ -104,8 +104,7 @@ def add_products(
     blocks = []
     for rows, cols in itertools.product(row_parts, col_parts):
         layout = layout_of(rows.features, cols.features, offset + rows.start - cols.start)
-        is_small = strip is not None and len(row_parts) == len(col_parts) == 1
-        grad, alike = grad_plan(layout, buffer.stride(0), is_softmax, is_small), layout._replace(offset=0)
+        grad, alike = grad_plan(layout, buffer.stride(0), is_softmax), layout._replace(offset=0)
         is_new_x, is_new_y = is_new[0] and cols.start == 0, is_new[1] and rows.start == 0
         has_x, has_y = acc_x is not None, acc_y is not None
         products = _products_plan(
@@ -149,7 +148,7 @@ def add_strip(
     while first < len(widths):
         start, own = sum(widths[:first]), widths[first : first + count]
         cols = slice(start, start + sum(own))
-        of_g = grad_plan(layout_of(x, y[cols], offset - start), stride, True, False)
+        of_g = grad_plan(layout_of(x, y[cols], offset - start), stride, True)
         of_programs, piece = vector(x, of_g.programs), grad[:, cols]
         vectors = (*normalizers.row[:2], *normalizers.col[:2, cols])
         of_g.start(x, y[cols], piece, logit_scale, normalizers.uses_shared_shift, *vectors, of_programs)
@@ -175,7 +174,7 @@ def _add_block(
     """Add the products of a G of one block as :func:`add_products` does; ``vectors`` are other inputs of G's kernel."""
     describe, layout = _Descriptors(), layout_of(x, y, offset)
     grad = new_rows(x, layout.m, layout.n)
-    of_g = grad_plan(layout, grad.stride(0), is_softmax, False)
+    of_g = grad_plan(layout, grad.stride(0), is_softmax)
     has_x, has_y = acc_x is not None, acc_y is not None
     products = _products_plan(layout._replace(offset=0), grad.stride(0), has_x, has_y, is_new[not has_x], is_new[has_y])
     sums = vector(x, 1 if is_softmax else 3, of_g.programs)
@@ -202,11 +201,11 @@ class GradPlan(NamedTuple):
 
 
 @planned
-def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool, is_one_block: bool) -> GradPlan:
-    """Plan the kernel that computes a block of G; if it is the only block, its tiles may be small."""
+def grad_plan(layout: Layout, stride_grad: int, is_softmax: bool) -> GradPlan:
+    """Plan the kernel that computes a block of G."""
     device, dtype, m, n, d, offset, *_ = layout
     name = "contrastive_grad_tile" if is_softmax else "sigmoid_grad_tile"
-    cfg = tile_config(name, layout, (m, n)) if is_one_block else gemm_config(name, arch_of(device), dtype)
+    cfg = tile_config(name, device, dtype, (m, n))
     # Each program of the sigmoid loss's kernel computes a single tile, not a segment of a column of tiles.
     grid = grad_grid(m, n, offset, cfg, processors(device), walks=is_softmax and has_tma(device, dtype, d))
     parts, grad_scale = max(1, cfg.block_n // PART_COLS), scale_of_grad(dtype)
@@ -244,7 +243,7 @@ def _products_plan(
 ) -> _ProductsPlan:
     """Plan the products of a block of G with the features of those sides that have an accumulator."""
     device, dtype, m, n, d, _, stride_x, stride_y = layout
-    cfg = products_config(device, dtype, d)
+    cfg = products_config(device, dtype, d, m * has_x, n * has_y)
     num_d, is_tma, parts = cdiv(d, cfg.block_n), has_tma(device, dtype, d), max(1, cfg.block_n // PART_COLS)
     is_added = is_tma and d % 4 == 0
     num_x_tiles, num_y_tiles = (cdiv(side, cfg.block_m) * num_d * has for side, has in ((m, has_x), (n, has_y)))

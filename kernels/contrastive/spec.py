@@ -135,8 +135,9 @@ STRIPS = tuple(
 )
 PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
 SMALL_PRODUCTS = tuple(
-    Tunable(f"{tunable.kernel}_small", function, GemmConfig)
+    Tunable(f"{tunable.kernel}_{size}", function, GemmConfig)
     for tunable, function in zip(PRODUCTS, ("_grad_tile_kernel", "_gradients_kernel", "_stats_kernel"), strict=True)
+    for size in ("half", "small")
 )
 ROWS = Tunable("contrastive_rows", "_finish_kernel", RowConfig)
 loss_spec = functools.partial(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..common import cdiv
-from ..configs import planned
+from ..configs import GemmConfig, planned
 from ..launch import Plan
 from .block_sizes import STEPS_AROUND_LOOP, products_config
 from .operands import Describe, Layout, Tile, has_tma, processors, tile_of
@@ -33,20 +33,28 @@ def parts_of(layout: Layout, rows: int) -> tuple[int, int]:
     ``rows`` rows in all.
     """
     device, dtype, m, n, d, *_ = layout
-    cfg = products_config(device, dtype, d)
-    at_once, tiles = processors(device), cdiv(m, cfg.block_m) * cdiv(d, cfg.block_n)
-    length = cdiv(n, cfg.block_k)
-    height = cdiv(rows, cfg.block_m) * cfg.block_m  # a tile must not reach into the rows of the next part
+    at_once, largest = processors(device), products_config(device, dtype, d)
+    height = cdiv(rows, largest.block_m) * largest.block_m  # a tile must not reach into the rows of the next part
     if m * n * d == 0:
         return 0, height
 
-    def steps(parts: int) -> float:
-        """Return the estimated time of the products of a strip with this number of parts, in steps of a loop."""
-        rounds = cdiv(tiles * max(1, parts), at_once) * (cdiv(length, max(1, parts)) + STEPS_AROUND_LOOP)
-        return rounds + STEPS_OF_SUM * tiles * parts / at_once
+    def tiles(cfg: GemmConfig) -> int:
+        """Return the number of tiles of a strip's part."""
+        return cdiv(m, cfg.block_m) * cdiv(d, cfg.block_n)
 
-    most = min(length, MOST_BYTES // (4 * height * d), cdiv(4 * at_once, tiles))
-    return min(range(most + 1), key=steps), height
+    def time(parts: int) -> float:
+        """Return the estimated time of the products of a strip with this number of parts.
+
+        A step of a loop takes as long as the loads of its numbers.
+        """
+        count = max(1, parts)
+        cfg = products_config(device, dtype, d, m, copies=count)
+        steps = cdiv(tiles(cfg) * count, at_once) * (cdiv(cdiv(n, cfg.block_k), count) + STEPS_AROUND_LOOP)
+        steps_of_sum = STEPS_OF_SUM * tiles(largest) * parts / at_once
+        return steps * (cfg.block_m + cfg.block_n) + steps_of_sum * (largest.block_m + largest.block_n)
+
+    most = min(cdiv(n, largest.block_k), MOST_BYTES // (4 * height * d), cdiv(4 * at_once, tiles(largest)))
+    return min(range(most + 1), key=time), height
 
 
 class StripPlan(NamedTuple):
@@ -67,7 +75,7 @@ class StripPlan(NamedTuple):
 def strip_plan(layout: Layout, stride_grad: int, parts: int, height: int, first: int, is_new: bool) -> StripPlan:
     """Plan the product of a block of G with y, whose rows belong to the rows of the accumulators from ``first`` on."""
     device, dtype, m, n, d, _, _, stride_y = layout
-    cfg = products_config(device, dtype, d)
+    cfg = products_config(device, dtype, d, m, copies=parts)
     is_tma, pieces = has_tma(device, dtype, d), max(1, cfg.block_n // PART_COLS)
     is_added = is_tma and d % 4 == 0
     length = cdiv(cdiv(n, cfg.block_k), parts) * cfg.block_k
