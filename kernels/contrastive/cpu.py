@@ -157,20 +157,20 @@ def rank_terms(
     """Return what a rank sends of its pairs, one_minus_p and the loss, as :func:`.launches.rank_terms` does."""
     maximum, total = (torch.stack(pair) for pair in zip(row, merge_stacked(*col), strict=True))  # [2, b]
     terms = pair_terms(maximum, total, positive)
-    flag = uses_shared_shift.amin().to(maximum.dtype).expand(1, len(positive))
-    sent = torch.cat([torch.stack([maximum, terms.inv_denom], 1).flatten(0, 1), flag])  # [5, b]
+    has_own_shifts = (1 - uses_shared_shift.amin()).to(maximum.dtype).expand(1, len(positive))
+    sent = torch.cat([torch.stack([maximum, terms.inv_denom], 1).flatten(0, 1), has_own_shifts])  # [5, b]
     return sent.T, terms.one_minus_p.sum(0), terms.nll.sum() * weight
 
 
 def rank_weights(
-    terms: Tensor, grads: Tensor, one_minus_p: Tensor, own: slice, logit_scale: Tensor, weight: float
+    terms: Tensor, heads: Tensor, one_minus_p: Tensor, own: slice, logit_scale: Tensor, weight: float
 ) -> RankWeights:
     """Return what the gradients of a rank's pairs need, as :func:`.launches.rank_weights` does."""
-    largest = grads.abs().amax().clamp(min=torch.finfo(grads.dtype).tiny)
-    share = (grads / largest).repeat_interleave(len(terms) // len(grads))  # [N]
+    largest = heads[:, 5].abs().amax().clamp(min=torch.finfo(terms.dtype).tiny)
+    share = terms[:, 5] / largest  # [N]
     row, col = vectors = terms.T[:4].clone(memory_format=torch.contiguous_format).view(2, 2, -1)
     vectors[:, 1].mul_(share)
-    normalizers = Normalizers(row, col, (terms[:, 4] > 0).all().view(torch.int8))
+    normalizers = Normalizers(row, col, (heads[:, 4] == 0).all().view(torch.int8))
     coefficient = largest * weight
     return RankWeights(normalizers, one_minus_p * share[own], coefficient, coefficient * logit_scale)
 

@@ -9,9 +9,9 @@ Rank r of W holds b_r of the N pairs (x_i, y_i). In the notation of ``contrastiv
 If all b_r are equal, this is OpenCLIP's ``ClipLoss(local_loss=True, gather_with_grad=True)``, in values and gradients.
 Only ds differs: in OpenCLIP each rank has another share of it. The mean that DDP takes of ds is the same.
 
-Each rank sends the maximum and inv_denom of its rows and columns to all ranks. For features and gradients there are
-three modes. The table shows the rows that a rank sends and holds if each of W > 2 ranks has b pairs. A row has D
-numbers, in the dtype of the products, or in float32 where there is a prime.
+Each rank sends the maximum and inv_denom of its rows and columns, and the gradient of its loss, to all ranks. For
+features and gradients there are three modes. The table shows the rows that a rank sends and holds if each of W > 2
+ranks has b pairs. A row has D numbers, in the dtype of the products, or in float32 where there is a prime.
 
     mode       sent forward    sent backward        FLOPs       held at most
     gather     (W-1) b         (W-1) b'             8 b N D     N + 2 b' + 2 g b'
@@ -23,9 +23,9 @@ numbers, in the dtype of the products, or in float32 where there is a prime.
 follow them one step later. "scalars" collects texts and images. Gradients, and the texts of the ring, are sent while
 the next block is computed.
 
-The table leaves out vectors, which are in float32: in the forward pass a rank sends 5 (W-1) b such numbers (7 (W-1) b
-in "gather" and "ring"), and it holds at most 9 N + 2 b of them. It also leaves out the memory of a block while it
-is computed. ``clipfast plan`` counts all of this.
+The table leaves out vectors, which are in float32: a rank sends 2 (W-1) b such numbers in the forward pass in "gather"
+and "ring", and 6 (W-1) b in the backward pass, in which it holds at most 10 N + 7 b of them. It also leaves out the
+memory of a block while it is computed. ``clipfast plan`` counts all of this.
 
 Methods: the loss over a rank's own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023
 (Ring Attention), and the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
@@ -84,10 +84,9 @@ class _RankLoss(torch.autograd.Function):
         blocks = logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))
         found = (_stats_from_strips if options.mode == "scalars" else _stats_from_rows)(x, y, logit_scale, options)
-        mine, one_minus_p, loss = blocks.rank_terms(*found[:4], _pair_weight(ranks))
-        everyones = ranks.gather(mine)  # [N, 5]
+        terms, one_minus_p, loss = blocks.rank_terms(*found[:4], _pair_weight(ranks))
         ctx.options = options
-        ctx.save_for_backward(image, text, logit_scale, everyones, one_minus_p, *found.gathered)
+        ctx.save_for_backward(image, text, logit_scale, terms, one_minus_p, *found.gathered)
         return loss
 
     @staticmethod
@@ -106,14 +105,15 @@ class _RankGradients(torch.autograd.Function):
     @outside_autocast
     def forward(
         _: Any, grad_loss: Tensor, options: Options, image: Tensor, text: Tensor, logit_scale: Tensor,
-        everyones: Tensor, one_minus_p: Tensor, *gathered: Tensor,
+        terms: Tensor, one_minus_p: Tensor, *gathered: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Compute the gradients of this rank's features and the scale in the contrastive loss of all ranks."""
         ranks, blocks = options.ranks, logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize) for side in (image, text))
-        grads = ranks.spread(gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group))
+        grads = grad_loss.to(terms.dtype).expand(len(terms), 1)
+        everyones = ranks.gather_padded(torch.cat([terms, grads], 1))  # one message is faster than two
         normalizers, one_minus_p, coefficient, factor = blocks.rank_weights(
-            everyones, grads, one_minus_p, ranks.own, logit_scale, _pair_weight(ranks)
+            ranks.joined(everyones), everyones[:, 0], one_minus_p, ranks.own, logit_scale, _pair_weight(ranks)
         )
         accumulate = _accumulate_strips if options.mode == "scalars" else _accumulate_rows
         acc_x, result_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)
@@ -201,18 +201,22 @@ def _accumulate_strips(
 ) -> tuple[Tensor, Callable[[], Tensor], list[Tensor | None]]:
     """Return G y for this rank's images, G^T x for its texts, and the images' terms of the gradient of the scale.
 
-    G^T x comes as a function that returns it, since in other modes parts of it are still being sent. The terms are
-    those of ``add_gradients``.
+    G^T x comes as a function that computes it, or in other modes waits for parts that are still being sent. The terms
+    are those of ``add_gradients``.
     """
     own, blocks = options.ranks.own, logit_blocks(x.device)
     row, col, uses_shared_shift = normalizers
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
-    acc_x, acc_y = (blocks.strip_accumulator(side, all_y, is_block=False) for side in (x, y))
-    of_images = Normalizers(row[:, own], col, uses_shared_shift)
-    of_texts = Normalizers(col[:, own], row, uses_shared_shift)
-    scale_sum = blocks.add_gradients(x, all_y, logit_scale, of_images, own.start, acc_x, None, is_new_x=True)
-    blocks.add_gradients(y, all_x, logit_scale, of_texts, own.start, acc_y, None, is_new_x=True)
-    return acc_x, lambda: acc_y, [scale_sum]
+
+    def accumulate(side: Tensor, others: Tensor, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the accumulator of a strip of images or texts, and its terms of the gradient of the scale."""
+        acc = blocks.strip_accumulator(side, others, is_block=False)
+        of_strip = Normalizers(vectors[0][:, own], vectors[1], uses_shared_shift)
+        return acc, blocks.add_gradients(side, others, logit_scale, of_strip, own.start, acc, None, is_new_x=True)
+
+    acc_x, scale_sum = accumulate(x, all_y, (row, col))
+    # The texts are computed while the gradient of the scale is sent.
+    return acc_x, lambda: accumulate(y, all_x, (col, row))[0], [scale_sum]
 
 
 def _accumulate_rows(

@@ -82,14 +82,23 @@ class Ranks:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Collect the features of each rank, [own, ...], into those of the batch, [N, ...], on every rank."""
-        most = max(self.sizes)
-        padded = rows.contiguous()
-        if len(rows) < most:
-            padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
-        out = gather_equal(padded, self.group)
-        if min(self.sizes) == most:
-            return out.flatten(0, 1)
-        return torch.cat([block[:size] for block, size in zip(out, self.sizes, strict=True)])
+        return self.joined(self.gather_padded(rows))
+
+    def gather_padded(self, rows: Tensor) -> Tensor:
+        """Collect the rows of each rank as :meth:`gather` does, but return [ranks, rows, ...], with at least one row.
+
+        Zeros follow the rows of a rank that has fewer than others.
+        """
+        missing = max(1, *self.sizes) - len(rows)
+        if missing:
+            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        return gather_equal(rows, self.group)
+
+    def joined(self, padded: Tensor) -> Tensor:
+        """Return the batch's rows [N, ...] of what :meth:`gather_padded` has returned."""
+        if min(self.sizes) == padded.shape[1]:
+            return padded.flatten(0, 1)
+        return torch.cat([block[:size] for block, size in zip(padded, self.sizes, strict=True)])
 
     def to_owners(self, columns: Tensor) -> Tensor:
         """Send each rank the results for its own columns of logits, from those [N, ...] for all columns on every rank.
@@ -102,12 +111,6 @@ class Ranks:
         splits = [size] * len(self.sizes), list(self.sizes)
         dist.all_to_all_single(out.flatten(0, 1), columns.contiguous(), *splits, group=self.group)
         return out
-
-    def spread(self, of_ranks: Tensor) -> Tensor:
-        """Return ``of_ranks`` [ranks] if each rank holds as many rows; otherwise [N], the entry of each row's rank."""
-        if min(self.sizes) == max(self.sizes):
-            return of_ranks
-        return torch.cat([value.expand(size) for value, size in zip(of_ranks, self.sizes, strict=True)])
 
     def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield each rank and its features: this rank first, then rank - 1, and so on round the ring.

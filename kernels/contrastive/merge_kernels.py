@@ -116,7 +116,7 @@ def _rank_terms_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Store what each rank sends of its BLOCK_M pairs: maximum and inv_denom of the row, the same of the column, and
-    whether all flags are 1. Also store one_minus_p, summed over both directions, and the sum of the losses.
+    0 if all flags are 1, else 1. Also store one_minus_p, summed over both directions, and the sum of the losses.
     """
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = offs < N
@@ -125,8 +125,8 @@ def _rank_terms_kernel(
     for first in range(0, flags, BLOCK_FLAGS):
         others = first + tl.arange(0, BLOCK_FLAGS)
         flag = tl.minimum(flag, tl.load(uses_shared_shift_ptr + others, mask=others < flags, other=1).to(tl.int32))
-    uses_shared_shift = tl.min(flag, 0).to(tl.float32)
-    tl.store(out + 4, uses_shared_shift + tl.zeros((BLOCK_M,), tl.float32), mask=mask)
+    has_own_shifts = 1.0 - tl.min(flag, 0).to(tl.float32)
+    tl.store(out + 4, has_own_shifts + tl.zeros((BLOCK_M,), tl.float32), mask=mask)
     positive = tl.load(positive_ptr + offs, mask=mask, other=0.0)
     row_max = tl.load(row_max_ptr + offs, mask=mask, other=0.0)
     row_sum = tl.load(row_sum_ptr + offs, mask=mask, other=0.0)
@@ -154,15 +154,15 @@ def _rank_terms_kernel(
 
 @triton.jit
 def _rank_weights_kernel(
-    terms_ptr,  # [N, 5] fp32, contiguous: ``out`` of _rank_terms_kernel, of all ranks
-    grads_ptr,  # [count] fp32: gradients of the losses; each belongs to ``length`` of the N pairs
+    terms_ptr,  # [N, 6] fp32, contiguous: ``out`` of _rank_terms_kernel and the gradient of its rank's loss
+    heads_ptr,  # [ranks, 6] fp32: the terms of a pair of each rank, or zeros if it has none
     one_minus_p_ptr,  # [own] fp32, of this rank's pairs
     scale_ptr,  # [] fp32
     vectors_ptr,  # [4, N] fp32: maximum and inv_denom of the rows, then of the columns
     flag_ptr,  # [] int8
     weighted_ptr,  # [own] fp32
     coefficient_ptr, factor_ptr,  # [] fp32
-    N, count, length, start, own, weight,
+    N, ranks, stride_heads, start, own, weight,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Multiply the terms of BLOCK_M pairs by their share of the largest gradient of a loss.
@@ -175,20 +175,19 @@ def _rank_weights_kernel(
     ``start``. Also store in ``flag`` whether all ranks use one shift.
     """
     pid = tl.program_id(0)
-    flag = tl.full((BLOCK_N,), 1.0, tl.float32)
+    has_own_shifts = tl.zeros((BLOCK_N,), tl.float32)
     largest = tl.full((BLOCK_N,), 1.1754943508222875e-38, tl.float32)  # the least normal number
-    for first in range(0, count, BLOCK_N):
+    for first in range(0, ranks, BLOCK_N):
         others = first + tl.arange(0, BLOCK_N)
-        held = others < count
-        largest = tl.maximum(largest, tl.abs(tl.load(grads_ptr + others, mask=held, other=0.0)))
-        places = others.to(tl.int64) * length
-        flag = tl.minimum(flag, tl.load(terms_ptr + places * 5 + 4, mask=held & (places < N), other=1.0))
+        heads, held = heads_ptr + others.to(tl.int64) * stride_heads, others < ranks
+        largest = tl.maximum(largest, tl.abs(tl.load(heads + 5, mask=held, other=0.0)))
+        has_own_shifts = tl.maximum(has_own_shifts, tl.load(heads + 4, mask=held, other=0.0))
     most = tl.max(largest, 0)
     offs = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = offs < N
-    grad = tl.load(grads_ptr + offs // length, mask=mask, other=0.0)
+    terms = terms_ptr + offs.to(tl.int64) * 6
+    grad = tl.load(terms + 5, mask=mask, other=0.0)
     share = tl.div_rn(grad, most + tl.zeros((BLOCK_M,), tl.float32))
-    terms = terms_ptr + offs.to(tl.int64) * 5
     for side in tl.static_range(2):
         tl.store(vectors_ptr + 2 * side * N + offs, tl.load(terms + 2 * side, mask=mask, other=0.0), mask=mask)
         inv_denom = tl.load(terms + 2 * side + 1, mask=mask, other=0.0)
@@ -198,6 +197,6 @@ def _rank_weights_kernel(
     one_minus_p = tl.load(one_minus_p_ptr + mine, mask=is_mine, other=0.0)
     tl.store(weighted_ptr + mine, one_minus_p * share, mask=is_mine)
     if pid == 0:
-        tl.store(flag_ptr, tl.min(flag, 0).to(tl.int8))
+        tl.store(flag_ptr, (tl.max(has_own_shifts, 0) == 0.0).to(tl.int8))
         tl.store(coefficient_ptr, most * weight)
         tl.store(factor_ptr, most * weight * tl.load(scale_ptr))

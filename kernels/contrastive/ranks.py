@@ -47,25 +47,25 @@ def _total_plan(device: torch.device, programs: int, weight: float) -> Plan:
 
 
 def rank_weights(
-    terms: Tensor, grads: Tensor, one_minus_p: Tensor, own: slice, logit_scale: Tensor, weight: float
+    terms: Tensor, heads: Tensor, one_minus_p: Tensor, own: slice, logit_scale: Tensor, weight: float
 ) -> RankWeights:
     """Return what the gradients of this rank's b pairs need, given the gradients of the losses of all ranks.
 
     Args:
-        terms: [N, 5], what all ranks have sent in :func:`rank_terms`.
-        grads: gradients of the losses, each of which belongs to equally many of the N pairs.
+        terms: [N, 6], what :func:`rank_terms` returned on each rank, and in the last column the gradient of its loss.
+        heads: [ranks, 6], the terms of the first pair of each rank; zeros for a rank without pairs.
         one_minus_p: [b], of this rank.
         own: the pairs of this rank.
         logit_scale, weight: the factor on the cosine similarities, and the weight of a pair in the loss.
     """
-    pairs, count = len(terms), len(grads)
+    pairs = len(terms)
     row, col = vectors = vector(terms, 2, 2, pairs)
     weighted = vector(terms, len(one_minus_p))
     flag, coefficient, factor = terms.new_empty((), dtype=torch.int8), vector(terms), vector(terms)
     launch(
         _rank_weights_kernel, (max(1, cdiv(pairs, WEIGHTS.block_m)),),
-        terms, grads, one_minus_p, logit_scale, vectors, flag, weighted, coefficient, factor,
-        pairs, count, max(1, pairs // count), own.start, len(one_minus_p), weight,
+        terms, heads, one_minus_p, logit_scale, vectors, flag, weighted, coefficient, factor,
+        pairs, len(heads), heads.stride(0), own.start, len(one_minus_p), weight,
         config=WEIGHTS, device=terms.device, BLOCK_M=WEIGHTS.block_m, BLOCK_N=WEIGHTS.block_n,
     )  # fmt: skip
     return RankWeights(Normalizers(row, col, flag), weighted, coefficient, factor)

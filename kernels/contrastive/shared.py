@@ -178,7 +178,8 @@ def scale_gradient(parts: Sequence[Tensor | None], coefficient: Tensor) -> Tenso
     numbers = [part for part in parts if part is not None]
     if not numbers:
         return torch.zeros_like(coefficient)
-    return torch.cat(numbers).sum(dtype=torch.float64).to(coefficient.dtype) * coefficient
+    total = torch.cat(numbers).sum(dtype=torch.float64)
+    return torch.mul(total, coefficient, out=torch.empty_like(coefficient))
 
 
 def register_gradients(forward: Op, backward: Op, *, optional: Sequence[int] = ()) -> None:

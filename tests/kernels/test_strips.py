@@ -77,15 +77,18 @@ def test_groups_of_columns_share_a_block(new, arch, dtype, monkeypatch, interpre
 def hold_ranks(flag):
     """Check the kernels that compute the terms of the loss of all ranks, and what its gradients need, for 35 ranks."""
     ranks, rows = 35, 70
-    maxima, sums, terms = torch.randn(ranks, rows), torch.rand(ranks, rows), torch.rand(ranks * rows, 5)
+    maxima, sums, terms = torch.randn(ranks, rows), torch.rand(ranks, rows), torch.rand(ranks, rows, 6)
     maxima[3], sums[3] = float("-inf"), 0.0  # a rank without images
-    flags, terms[:, 4] = torch.ones(40, dtype=torch.int8), 1.0
-    flags[-1] = terms[-rows:, 4] = flag
+    flags, terms[..., 4] = torch.ones(40, dtype=torch.int8), 0.0
+    flags[-1], terms[-1, :, 4] = flag, 1 - flag
     col = torch.stack([maxima, sums], dim=2).unbind(2)
     of_terms = (torch.randn(rows), torch.rand(rows)), col, torch.randn(rows), flags, 0.5
-    for grads in (torch.randn(ranks), torch.randn(ranks * rows), torch.zeros(ranks), 1e-40 * torch.rand(ranks)):
-        of_weights = terms, grads, torch.rand(rows), slice(rows, 2 * rows), torch.tensor(3.0), 0.5
-        expected = 0.5 * grads.repeat_interleave(rows * ranks // len(grads))[rows : 2 * rows] * of_weights[2]
+    for grads in (torch.randn(ranks, 1), torch.zeros(ranks, 1), 1e-40 * torch.rand(ranks, 1)):
+        terms[..., 5] = grads
+        # The second rank has fewer pairs than the others.
+        everyones = torch.cat([terms[0], terms[1, :-9], *terms[2:]])
+        of_weights = everyones, terms[:, 0], torch.rand(rows - 9), slice(rows, 2 * rows - 9), torch.tensor(3.0), 0.5
+        expected = 0.5 * grads[1] * of_weights[2]
         for blocks in (launches, cpu):
             weights = blocks.rank_weights(*of_weights)
             torch.testing.assert_close(weights.one_minus_p * weights.coefficient, expected, rtol=1e-5, atol=1e-44)
@@ -129,12 +132,12 @@ def test_new_accumulators_are_zero_without_logits(rows, cols, interpreted):
 
 
 def test_a_strip_fills_the_gpu():
-    # The products of 256 rows have only four tiles, so the columns are divided into parts for 132 multiprocessors.
+    # The products of 256 rows have only eight tiles, so the columns are divided into parts for 132 multiprocessors.
     layout = functools.partial(launches.Layout, torch.device("cpu"), torch.bfloat16, d=512, offset=0, stride_x=512)
     with launch.record_launches(90, 132):
         parts, height = strips.parts_of(layout(m=256, n=8192, stride_y=512), 256)
         assert height == 256
-        assert 4 * parts > 0.75 * 132
+        assert 8 * parts > 0.75 * 132
         assert strips.parts_of(layout(m=16384, n=4096, stride_y=512), 16384)[0] == 0
 
 
