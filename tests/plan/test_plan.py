@@ -149,8 +149,8 @@ def test_loss_takes_what_its_docs_say(mode):
         found = figures(ledger)
         forward, backward, held = (b * width * (dtype.itemsize * narrow + 4 * wide) for narrow, wide in rows)
         assert found["FLOPs"] == flops * b * 4 * b * width
-        assert found["sent forward"] == forward + 4 * 3 * b * (5 if mode == "scalars" else 7)
-        assert found["sent backward"] == backward + 2 * 3 * 4
+        assert found["sent forward"] == forward + 4 * 3 * b * (0 if mode == "scalars" else 2)
+        assert found["sent backward"] == backward + 4 * 3 * (6 * b + 1)
     # The last dtype of the loop is float32, so no features are widened. The peak also has vectors, at most 1% of it,
     # and the gradient of a block of logits, which has at most all columns.
     assert held <= ledger.peak["loss"] <= 1.01 * held + 4 * b * 4 * b
