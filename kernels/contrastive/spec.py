@@ -134,9 +134,11 @@ STRIPS = tuple(
     for width in (512, 768, 1024, 1280)
 )
 PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
-SMALL_PRODUCTS = tuple(
-    Tunable(f"{tunable.kernel}_{size}", function, GemmConfig)
-    for tunable, function in zip(PRODUCTS, ("_grad_tile_kernel", "_gradients_kernel", "_stats_kernel"), strict=True)
+HALF_PRODUCTS, SMALL_PRODUCTS = (
+    tuple(
+        Tunable(f"{tunable.kernel}_{size}", function, GemmConfig)
+        for tunable, function in zip(PRODUCTS, ("_grad_tile_kernel", "_gradients_kernel", "_stats_kernel"), strict=True)
+    )
     for size in ("half", "small")
 )
 ROWS = Tunable("contrastive_rows", "_finish_kernel", RowConfig)
@@ -172,6 +174,8 @@ SPECS = (
         ),
         targets=(
             Target("contrastive", LossShape(16384, 512), (*PRODUCTS, ROWS)),
+            # With 1,408 pairs, an H100 computes tiles of half the size in one round, and small tiles in two.
+            Target("contrastive-half", LossShape(1408, 512), HALF_PRODUCTS),
             Target("contrastive-small", LossShape(1024, 512), SMALL_PRODUCTS),
             # With this large scale, sums with one shift would underflow, so the logits are computed once more.
             Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_pairs")),
