@@ -15,7 +15,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that sums are kept in: float64 for float64 operands, float32 for all others."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
