@@ -146,14 +146,13 @@ def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     """
     recompute = torch.is_grad_enabled() and transformer.grad_checkpointing
     blocks = list(transformer.resblocks)
-    if num_tokens is None or not is_plain(transformer, Transformer) or not blocks:
+    if num_tokens is None or num_tokens > MAX_TOKENS or not blocks or not is_plain(transformer, Transformer):
         return Plan(recompute, blocks)
     last = blocks[-1]
-    if not is_plain(last, ResidualAttentionBlock) or plain_parts(last) is None:
+    if not is_plain(last, ResidualAttentionBlock) or plain_parts(last) is None or last.attn.num_heads > MAX_HEADS:
         return Plan(recompute, blocks)
-    if last.attn.fp8 is not None or last.mlp.fp8 is not None:  # the attention of a single row has no form in 8 bits
-        return Plan(recompute, blocks)
-    if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
+    # The attention of a single row has no form in 8 bits.
+    if last.attn.fp8 is not None or last.mlp.fp8 is not None or last.attn.backend == "torch":
         return Plan(recompute, blocks)
     return Plan(recompute, blocks[:-1], last)
 

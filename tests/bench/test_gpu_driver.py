@@ -23,7 +23,7 @@ from .conftest import CPU, ROOFS, break_loss
 LATE = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-time.sleep(6)
+time.sleep(4)
 open(sys.argv[1], "w")
 """
 HANGS = """
@@ -69,7 +69,7 @@ def test_steps_that_fail_or_hang_do_not_stop_the_others(tmp_path, monkeypatch):
     assert 40 < int(told) <= 85 - gpu.MARGIN_S
     assert gpu.run_steps([step("late", "pass")], tmp_path, dict(os.environ), total_s=2.5) == 1
     assert "no time left" in (tmp_path / "summary.txt").read_text()
-    time.sleep(max(0.0, 10.0 - (time.monotonic() - start)))
+    time.sleep(max(0.0, 6.5 - (time.monotonic() - start)))
     assert not (tmp_path / "late").exists()
 
 

@@ -32,9 +32,9 @@ def plain(shards, tmp_path_factory):
     "options",
     [
         "fp8_recipe=full", "micro_batch_size=3", "grad_checkpointing=True opt=stableadamw",
-        "selective_checkpointing=True", "torchcompile=True torchcompile_backend=aot_eager",
+        "torchcompile=True torchcompile_backend=aot_eager",
     ],
-    ids=["full", "accumulation", "checkpointing", "selective", "compiled"],
+    ids=["full", "accumulation", "checkpointing", "compiled"],
 )  # fmt: skip
 def test_it_learns_like_float32(options, plain, run_small):
     torch.compiler.reset()
