@@ -38,7 +38,7 @@ is_dynamo_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch
 # The dispatcher skips autograd and autocast, whose keys these are, for the PyTorch ops that an implementation calls.
 NOT_INSIDE = functools.reduce(
     lambda keys, name: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)),
-    "AutogradOther AutogradNestedTensor ADInplaceOrView AutocastCPU AutocastCUDA".split(),
+    ("AutogradOther", "AutogradNestedTensor", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"),
     torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality),
 )
 
