@@ -90,11 +90,17 @@ def resolve_source(
         return _named(name, pretrained, cache_dir, fetch_weights, force_quick_gelu)
     if pretrained and not Path(pretrained).is_file():
         raise CheckpointError(
-            f"no checkpoint at {pretrained}: there is no such file, and {model_name} has no tags; only models of "
+            f"no checkpoint at {pretrained}: {_what_is_at(pretrained)}, and {model_name} has no tags; only models of "
             "clipfast.list_models() have"
         )
     source = _described(model_name, cache_dir, fetch_weights and not pretrained)
     return _with_file(source, Path(pretrained)) if pretrained else source
+
+
+def _what_is_at(path: str | Path) -> str:
+    """Return why there are no weights at a path that is no file."""
+    is_folder = Path(path).is_dir()
+    return "it is a folder (name a file in it, such as epoch_latest.pt)" if is_folder else "there is no such file"
 
 
 def _with_file(source: ModelSource, path: Path) -> ModelSource:
@@ -120,7 +126,7 @@ def _named(
         if not Path(pretrained).is_file():
             tags = list_pretrained_tags_by_model(name)
             raise CheckpointError(
-                f"no checkpoint at {pretrained}: there is no such file, and {name} has no such tag; "
+                f"no checkpoint at {pretrained}: {_what_is_at(pretrained)}, and {name} has no such tag; "
                 f"{'its tags are ' + ', '.join(tags) if tags else 'it has no tags'}"
             )
         return _with_file(model_source(config), Path(pretrained))

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import os
 import pkgutil
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -44,6 +45,7 @@ GROUPS = {
     "verify": "kernels and machines",
 }  # fmt: skip
 INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
+UNREAD = 141  # the exit code of a process that SIGPIPE ends
 COMPILER = "clipfast.bench.inspection.others:compiled"  # the function that compiles the user's kernels for ``verify``
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
@@ -65,14 +67,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             _exit_at_once(INTERRUPTED)
         return INTERRUPTED
     except ImportError as error:
-        hint, shown = "; install what it needs: pip install 'clipfast[data,eval]'", error
+        knows_what = "install" in str(error).lower()  # as fsspec's errors do
+        hint, shown = "" if knows_what else "; install what it needs: pip install 'clipfast[data,eval]'", error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         shown = error
+    if isinstance(shown, BrokenPipeError) and _is_unread():
+        return UNREAD
     if {"--traceback", "--debug"} & set(arguments):
         raise shown
     lines = "\n".join(map(printable, f"{shown}{hint}".split("\n")))
     print(f"clipfast {chosen}: error: {lines}", file=sys.stderr)
     return 2
+
+
+def _is_unread() -> bool:
+    """Return whether the reader of the output has ended, as ``head`` does; if so, nothing is written to it any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # 0 asks for errors only
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _complete() -> None:

@@ -89,12 +89,18 @@ class RunFolder:
             options: the options with which the run began, from the checkpoint if the run is resumed.
             changed: the options that differ from ``options`` from now on.
             step: the number of finished steps of a resumed run; None for a new run.
+
+        Raises:
+            ValueError: the file is there already, and is no JSON.
         """
         path = self.path / "config.json"
         if step is None:
             self.write_json(path.name, options)
             return
-        recorded = json.loads(path.read_text("utf-8")) if path.exists() else dict(options)
+        try:
+            recorded = json.loads(path.read_text("utf-8")) if path.exists() else dict(options)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it; the checkpoint has the options too") from error
         changes = [change for change in recorded.pop("changes", []) if change["after_step"] < step]
         if changed:
             changes.append({"after_step": step, **changed})

@@ -131,8 +131,8 @@ def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[s
     if own is not None and changed and trainer.progress.step >= trainer.total_steps:
         length = "--epochs" if trainer.config.samples_seen is None else "--samples-seen"
         raise ValueError(
-            f"the run is finished after {own['progress']['step']} steps, and its options cannot change any more: "
-            f"{', '.join(changed.values())}; only more {length} would continue it"
+            f"the run has finished {own['progress']['step']} of {trainer.total_steps} steps, and its options cannot "
+            f"change any more: {', '.join(changed.values())}; only more {length} would continue it"
         )
 
 

@@ -1,5 +1,6 @@
 """The command line: its help texts, and its errors for wrong input."""
 
+import subprocess
 import sys
 
 from ..small_runs import TINY, commands, run_command
@@ -72,6 +73,16 @@ def test_missing_extra_is_named(capsys, monkeypatch):
     code, _, err = run_command(capsys, "train", "--recipe", "emoji")
     assert code == 2
     assert "install what it needs: pip install 'clipfast[data,eval]'" in err.splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    _, _, err = run_command(capsys, "train", "--train-data", "s3://bucket/a.tar")
+    assert err == "clipfast train: error: Install s3fs to access S3\n"
+
+
+def test_output_that_nobody_reads_is_no_error():
+    script = f"set -o pipefail; {sys.executable} -m clipfast train --print-config --train-data x --name x | true"
+    done = subprocess.run(["bash", "-c", script], stderr=subprocess.PIPE, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_run_is_named_after_its_recipe(capsys, shards, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_a_run_ends_within_an_epoch_and_goes_on_with_a_larger_budget(small, tmp_
     assert (results_of(folder.path)["steps"], results_of(folder.path)["samples_seen"]) == (6, 48)
     with pytest.raises(ValueError, match=r"within an epoch, .* --batch-size \(was 8"):
         train(small(**budget | {"samples_seen": 96}, batch_size=16), folder.latest)
-    with pytest.raises(ValueError, match=r"finished after 6 steps.*more --samples-seen"):
+    with pytest.raises(ValueError, match=r"finished 6 of 6 steps.*more --samples-seen"):
         train(small(**budget, wd=0.5), folder.latest)
     assert main(["train", "--resume", str(folder.path), "--samples-seen", "72"]) == 0
     assert "--samples-seen 43 -> 72" in capsys.readouterr().err

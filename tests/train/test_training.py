@@ -281,7 +281,7 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
         ("latest", "--name"),
         (f"{copied.path} --model RN50", "--model"),
         (f"{copied.path} --model RN50 --name other", "--model"),
-        (f"{copied.path} --lr 1", "finished after 6 steps, .*--lr 0.001 -> 1"),
+        (f"{copied.path} --lr 1", "finished 6 of 6 steps, .*--lr 0.001 -> 1"),
     ):
         code, _, err = run_command(capsys, "train", "--resume", *words.split())
         assert code == 2
