@@ -138,22 +138,41 @@ def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[
     return {"losses": losses, "logits": torch.tensor(predicted[0]), **model.state_dict()}
 
 
-def test_the_trainer_on_two_ranks_has_the_negatives_of_both(tmp_path):
+def reference() -> tuple[torch.nn.Module, list[float]]:
+    """Train an original model of transformers in one process on the pairs of all ranks, by a plain loop."""
+    model = hf_models.make("clip").double()
+    data = Pairs(model, STEPS * 2 * BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = clipfast.hf_collator([data[step * 2 * BATCH + i] for i in range(2 * BATCH)])
+        batch.pop("unknown")
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_the_trainer_on_two_ranks_equals_one_with_the_negatives_of_both(tmp_path):
     pytest.importorskip("accelerate")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     (tmp_path / "ranks").mkdir()
-    first, second = run_ranks(
-        trainer_of_rank, 2, 2, port, str(tmp_path / "out"), folder=tmp_path / "ranks", timeout=240
-    )
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert first["losses"][-1] < first["losses"][0]
-    model = hf_models.make("clip").double()
-    data = Pairs(model, STEPS * 2 * BATCH)
-    batch = clipfast.hf_collator([data[number] for number in range(2 * BATCH)])
-    del batch["unknown"]
-    # transformers' loss of the first step's pairs of both ranks, in one process
-    torch.testing.assert_close(first["losses"][0].double(), model(**batch).loss.detach(), rtol=0, atol=1e-4)
-    # In evaluation, a patched model's logits are of the rank's batch, as those of the original.
-    assert first["logits"].shape == (4 * BATCH, BATCH)
+    runs = run_ranks(trainer_of_rank, 2, 2, port, str(tmp_path / "out"), folder=tmp_path / "ranks", timeout=240.0)
+    model, losses = reference()
+    data = Pairs(model, 4 * BATCH)
+    batches = [{key: x[BATCH * i : BATCH * (i + 1)] for key, x in data.given.items()} for i in range(4)]
+    with torch.no_grad():
+        expected = torch.cat([model.eval()(**batch).logits_per_image for batch in batches])
+    for run in runs:
+        torch.testing.assert_close(run.pop("losses").double(), torch.tensor(losses).double(), rtol=0, atol=1e-4)
+        # In evaluation, a patched model's logits are of the rank's batch, as those of the original.
+        torch.testing.assert_close(run.pop("logits"), expected, rtol=1e-6, atol=1e-6)
+        assert run.keys() == model.state_dict().keys()
+        for key, x in model.state_dict().items():
+            torch.testing.assert_close(run[key], x, rtol=1e-8, atol=1e-8)
+    assert losses[-1] < losses[0]

@@ -99,6 +99,25 @@ def test_no_case_is_begun_after_the_end(run_session):
     assert run_session(doubled, doubled, total_s=0.0)["cases"] == []
 
 
+def test_float32_is_exact_while_measuring_and_as_before_afterwards():
+    seen = []
+
+    def flags():
+        """Return whether PyTorch may use TF32 while the benchmark measures."""
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def run(x):
+        """Record the setting of TF32 that a benchmark candidate sees."""
+        seen.append(flags())
+        return 2 * x
+
+    before = flags()
+    assert before[0]  # PyTorch's default: convolutions in TF32
+    quickly(case((Candidate(OURS, lambda: run),), reference=run))
+    assert set(seen) == {(False, False)}
+    assert flags() == before
+
+
 def test_what_gets_no_memory_figure_or_no_graph_is_timed_and_says_so(monkeypatch, run_session):
     monkeypatch.setattr(session, "peak_bytes", mock.Mock(side_effect=FULL))
     (found,) = run_session(case((Candidate(OURS, lambda: double),)), memory=True)["cases"]

@@ -138,3 +138,8 @@ def test_faulty_pairs_are_replaced(tmp_path):
     assert set(whole) == set(faults()) - {"no such field", "broken json"}
     parts = [batches(tmp_path / "s.tar", rank=rank, world_size=2) for rank in (0, 1)]
     assert digest([[part[number] for number in range(count)] for part in parts], count) == digest([found], count)
+
+
+def test_ranks_that_do_not_divide_a_batch(pictures):
+    with pytest.raises(ValueError, match="cannot be divided among 5"):
+        batches(pictures, world_size=5)

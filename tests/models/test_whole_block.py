@@ -323,6 +323,17 @@ def test_without_gradients_one_block_is_cast_at_a_time_to_the_memory_of_the_one_
     assert cast[0] == cast[1] == cast[3] != cast[2]
 
 
+def test_checkpointing_recomputes_a_whole_block(calls):
+    tower, x = Transformer(WIDTH, 2, 2, 4.0, causal=False), torch.randn(2, TOKENS, WIDTH)
+    grads = []
+    for tower.grad_checkpointing in (False, True):
+        tower.zero_grad()
+        tower(x).square().sum().backward()
+        grads.append({name: p.grad for name, p in tower.named_parameters()})
+    assert len(calls) == 6  # two blocks without checkpointing, and two with it, each of which is computed twice
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+
+
 def test_a_second_derivative_is_refused():
     block, x = random_block(), torch.randn(2, TOKENS, WIDTH, requires_grad=True)
     (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
