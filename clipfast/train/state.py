@@ -197,6 +197,8 @@ class RunState:
                 moments.update({k: x.clone() for k, x in moments.items() if isinstance(x, Tensor) and x.is_cpu})
                 if any(name in moments and moments[name].shape != parameter.shape for name in MOMENTS):
                     raise ValueError("its moments have other shapes than the parameters")
+                if self.optimizer.defaults.get("amsgrad") and "max_exp_avg_sq" not in moments:
+                    raise ValueError("it has no max_exp_avg_sq, which amsgrad reads (--opt-kwargs)")
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit the model: {error}. Which parameters are trained, and "

@@ -277,6 +277,7 @@ def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
     refused("must stay: locked towers", folder.latest, lock_text=True)
     refused("must stay: .*--wd-exclude", folder.latest, wd_exclude=("visual.proj",))
     refused("does not fit the model: .*--image-layer-decay", folder.latest, image_layer_decay=0.5)
+    refused("does not fit the model: it has no max_exp_avg_sq", folder.latest, opt_kwargs=("amsgrad=True",))
     # this pattern names another parameter of the same shape, so the optimizer's groups keep their size
     refused("its groups hold other parameters", folder.latest, wd_exclude=(f"{BLOCK}.1.mlp.c_fc.weight",))
     assert folder.latest.read_bytes() == before
