@@ -72,8 +72,7 @@ class Trainer:
         saved: dict[str, Any] = (checkpoint or {}).get("clipfast", {})
         self.device = build_device(config, world)
         plan = plan_of(config, world, saved)
-        whole = plan.largest
-        self.batch_size = whole // world.size  # the most pairs of this rank in a step
+        self.batch_size = plan.largest // world.size  # the most pairs of this rank in a step
         with world.local_first():
             self.data = TrainingData(config, plan, world)
         self.total_steps, self._longest = self.data.total_steps, max(plan.sizes, key=length_of)
@@ -97,9 +96,8 @@ class Trainer:
         # Texts are packed even if that saves little, when the model is compiled (padded texts would need a second
         # compilation) or on a GPU (which computes padded texts only after the host has waited for their lengths).
         always = config.torchcompile or self.device.type != "cpu"
-        takes = self.model.takes_packed()
-        pack = functools.partial(pack_on_host, device=self.device, always=always) if takes else None
-        self.upload = Upload(self.device, pack)
+        pack = functools.partial(pack_on_host, device=self.device, always=always)
+        self.upload = Upload(self.device, pack if self.model.takes_packed() else None)
         self._take_step = graphed_step(self.step, self.model.context_length) if config.cuda_graphs else self.step
         meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)
         self.about_mfu = meters.count_flops(

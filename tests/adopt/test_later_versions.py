@@ -1,4 +1,4 @@
-"""Adopted models of OpenCLIP after 3.3.0: new towers, and its own attention class. Older versions skip these tests."""
+"""Adopted models of OpenCLIP after 3.3.0: its own attention class, whose tests older versions skip, and interfaces."""
 
 import copy
 from unittest import mock

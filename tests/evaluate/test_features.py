@@ -73,7 +73,8 @@ def work(rank, data, folder):
         found.append([plain(x) for x in parts])
         reads.append(reading.call_count)
     texts = [f"text {number % 300}" for number in range(400)] if rank == 0 else []
-    text_features = [encoder.texts(texts, kept, world).tolist() for kept in (None, store, store)]
+    with mock.patch("clipfast.evaluate.encoder.TEXTS", 64):  # five batches
+        text_features = [encoder.texts(texts, kept, world).tolist() for kept in (None, store, store)]
     return found, text_features, encoder.texts([], None, world).tolist(), reads
 
 
@@ -81,7 +82,8 @@ def test_any_number_of_ranks_gives_the_same(data, tmp_path):
     """Features do not depend on the number of ranks, even if one batch of 64 images leaves two ranks without images."""
     encoder, images = encoder_of(), LabelledSet(data)
     small, large = (plain(encode_set([encoder], images, batch_size=size)[0]) for size in (8, 64))
-    texts = encoder.texts([f"text {number % 300}" for number in range(400)]).tolist()
+    with mock.patch("clipfast.evaluate.encoder.TEXTS", 64):
+        texts = encoder.texts([f"text {number % 300}" for number in range(400)]).tolist()
     first, *others = run_ranks(work, 3, data, tmp_path / "kept", folder=tmp_path)
     assert first[:3] == ([[small], [small], [small], [large]], [texts] * 3, [])
     assert all(other[:3] == ([[]] * 4, [[]] * 3, []) for other in others)

@@ -142,7 +142,7 @@ def test_the_backend_torch_runs_none_of_our_ops(config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [TINY, RESNET, SIGLIP])
+@pytest.mark.parametrize("config", [TINY, RESNET, SIGLIP, NAFLEX])
 def test_bytes_and_normalised_floats_agree(config):
     model = build(read_model_config(config)).eval()
     side = model.visual.image_size
