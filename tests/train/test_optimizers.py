@@ -271,13 +271,14 @@ def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
         with pytest.raises(CheckpointError, match=said):
             run_small(checkpoint, name, epochs=3, **options)
 
-    folder = run_small(workers=0, wd_exclude=(f"{BLOCK}.0.mlp.c_fc.weight",))
+    own = {"wd_exclude": (f"{BLOCK}.0.mlp.c_fc.weight",)}
+    folder = run_small(workers=0, **own)
     before = folder.latest.read_bytes()
     refused("optimizer state of --opt adamw, and this run has --opt adam: leave", folder.latest, opt="adam")
     refused("must stay: locked towers", folder.latest, lock_text=True)
     refused("must stay: .*--wd-exclude", folder.latest, wd_exclude=("visual.proj",))
     refused("does not fit the model: .*--image-layer-decay", folder.latest, image_layer_decay=0.5)
-    refused("does not fit the model: it has no max_exp_avg_sq", folder.latest, opt_kwargs=("amsgrad=True",))
+    refused("does not fit the model: it has no max_exp_avg_sq", folder.latest, opt_kwargs=("amsgrad=True",), **own)
     # this pattern names another parameter of the same shape, so the optimizer's groups keep their size
     refused("its groups hold other parameters", folder.latest, wd_exclude=(f"{BLOCK}.1.mlp.c_fc.weight",))
     assert folder.latest.read_bytes() == before
