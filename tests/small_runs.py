@@ -75,6 +75,20 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
     return code, *capsys.readouterr()
 
 
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """Return stdout and stderr of a ``clipfast`` command that succeeds."""
+    code, out, err = run_command(capsys, *arguments)
+    assert code == 0, err
+    return out, err
+
+
+def refusal_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return stderr of a ``clipfast`` command that is refused."""
+    code, _, err = run_command(capsys, *arguments)
+    assert code == 2, err
+    return err
+
+
 def cases(text: str) -> pytest.MarkDecorator:
     """Parametrise over lines such as ``lr=-1.0 opt=sgd: --lr must be``: options, and a pattern for the error."""
     lines = [line.split(": ", 1) for line in text.strip().splitlines()]

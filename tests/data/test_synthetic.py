@@ -51,7 +51,7 @@ from clipfast.models.tokenizer import Tokenizer
 from clipfast.train.data import TrainingData
 from clipfast.train.loop import train
 
-from ..small_runs import run_command
+from ..small_runs import output_of
 from ..train.test_training import config
 from .tables import texts_of
 
@@ -230,8 +230,7 @@ def test_other_commands(tmp_path, capsys):
     assert [image.group for image in LabelledSet("shapes:8", group_by="kind")] == [
         scene.kind for scene in scenes(training_scene)[:8]
     ]
-    code, _, _ = run_command(capsys, "index", "synthetic:300", "--unique-by", "colour", "--json", tmp_path / "i.json")
-    assert code == 0
+    output_of(capsys, "index", "synthetic:300", "--unique-by", "colour", "--json", tmp_path / "i.json")
     found = json.loads((tmp_path / "i.json").read_text())
     assert (found["samples"], found["different"], found["shards"], found["lost"]) == (300, len(PAINTS), 1, 0)
     assert {finding.status for finding in dataset("synthetic:64", {})} == {OK}

@@ -16,7 +16,7 @@ from PIL import Image
 from clipfast import create_model
 from clipfast.cli.main import main
 
-from ..small_runs import everything, run_command
+from ..small_runs import everything, output_of, run_command
 
 
 def save_model(path: Path, seed: int = 0) -> list[str]:
@@ -28,9 +28,7 @@ def save_model(path: Path, seed: int = 0) -> list[str]:
 
 def printed(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, str]:
     """Return stdout and stderr of a task of ``clipfast eval`` that succeeds."""
-    code, out, err = run_command(capsys, "eval", *words)
-    assert code == 0, err
-    return out, err
+    return output_of(capsys, "eval", *words)
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *words: object) -> dict:

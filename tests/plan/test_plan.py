@@ -41,7 +41,7 @@ from clipfast.plan.probe import BACKWARD, FORWARD, STATIC, probe, sample_of
 
 from ..conftest import INTERPRET, ON_GPU
 from ..processes import run_ranks
-from ..small_runs import commands, run_command
+from ..small_runs import commands, refusal_of, run_command
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="runs the path of the CPU, and records kernels")
 on_cpu = pytest.mark.skipif(ON_GPU, reason="compares runs on a CPU")
@@ -424,8 +424,7 @@ class TestCommand:
 --train --model deep --samples-seen inf => finite
 """)
     def test_what_does_not_go_together(self, capsys, words, said):
-        code, _, error = run_command(capsys, "plan", *words)
-        assert code == 2
+        error = refusal_of(capsys, "plan", *words)
         assert re.search(said, error), error
 
 

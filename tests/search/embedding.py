@@ -4,7 +4,7 @@ from pathlib import Path
 
 from clipfast import Embeddings
 
-from ..small_runs import run_command
+from ..small_runs import output_of
 
 TINY = "ViT-T-8-32"
 
@@ -28,6 +28,5 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def make(capsys, home: Path, output: Path, **changes) -> tuple[Embeddings, str]:
     """Run ``clipfast embed``, and return the embeddings and the output."""
-    code, out, err = run_command(capsys, *options(home, output, **changes))
-    assert code == 0, err
+    out, err = output_of(capsys, *options(home, output, **changes))
     return Embeddings.open(output), out + err

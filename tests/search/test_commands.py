@@ -19,7 +19,7 @@ from clipfast.search import source_samples as samples_module
 from clipfast.search.similar import probabilities
 from clipfast.search.source_samples import Samples, write_shards
 
-from ..small_runs import picture, run_command
+from ..small_runs import output_of, picture, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,7 @@ def _here(home, monkeypatch):
 
 def results(capsys, *arguments):
     """Run a search command, and return the results that it writes as JSON."""
-    code, out, err = run_command(capsys, *arguments, "--json", "results.json", "--overwrite")
-    assert code == 0, err
+    out, _ = output_of(capsys, *arguments, "--json", "results.json", "--overwrite")
     text = Path("results.json").read_text()
     assert out == ("" if "--html" in arguments else text)  # with --html, a page is written and nothing is printed
     return json.loads(text)

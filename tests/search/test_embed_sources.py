@@ -16,7 +16,7 @@ from clipfast.evaluate.encoder import Encoder
 from clipfast.search import source_samples as samples_module
 from clipfast.search.source_samples import Samples, table_of
 
-from ..small_runs import picture, run_command, sample, write_shard
+from ..small_runs import picture, refusal_of, sample, write_shard
 from ..train.faults import PLACES
 from .embedding import make, options
 
@@ -79,8 +79,7 @@ def test_a_folder_of_pictures_needs_nothing_else(faulty, tmp_path, capsys):
     for path in folder.rglob("*.[pPwJ]*"):
         path.unlink()
     (folder / "2024/broken.jpg").unlink()
-    code, _, err = run_command(capsys, *options(faulty, tmp_path / "none", data=folder))
-    assert code == 2
+    err = refusal_of(capsys, *options(faulty, tmp_path / "none", data=folder))
     assert re.search("no images .*, but 2 heic", err)
 
 
@@ -162,8 +161,8 @@ def test_a_part_without_a_usable_sample(faulty, tmp_path, capsys):
     assert found.metadata.column("number").to_pylist() == [0, 3]
     assert found.search(found.features, 1).indices.tolist() == [[0], [1]]
     bad = write_shard(tmp_path / "bad.tar", [sample(1, png=b"")] * 2)
-    code, _, err = run_command(capsys, *options(faulty, tmp_path / "bad", data=bad))
-    assert (code, "not one of the 2 samples" in err) == (2, True)
+    err = refusal_of(capsys, *options(faulty, tmp_path / "bad", data=bad))
+    assert "not one of the 2 samples" in err
 
 
 @pytest.mark.parametrize("prefix", ["", "open_clip:"])
@@ -181,8 +180,7 @@ def test_a_model_of_open_clip_gives_the_same(whole, faulty, tmp_path, capsys):
     for weights in ({"a": torch.zeros(1)}, {"positional_embedding": torch.zeros(77, 4)}):  # of another model
         torch.save(weights, tmp_path / "w.pt")
         words = options(faulty, tmp_path / "e", model="open_clip:ViT-S-32-alt", pretrained=tmp_path / "w.pt")
-        code, _, err = run_command(capsys, *words)
-        assert code == 2
+        err = refusal_of(capsys, *words)
         assert "OpenCLIP does not build ViT-S-32-alt with " in err.splitlines()[-1]
     ours = Embeddings.open(whole)
     theirs, _ = make(capsys, faulty, tmp_path / "e", model=f"open_clip:local-dir:{faulty}/model")

@@ -20,7 +20,7 @@ from clipfast.models import build
 from clipfast.models.images import open_image
 from clipfast.models.packed_images import batch_images
 
-from ..small_runs import picture, run_command
+from ..small_runs import output_of, picture
 
 MOST = 30
 SIZES = [(90, 30), (30, 90), (40, 40), (200, 21), (64, 48), (48, 64), (17, 33), (5, 7), (300, 200), (33, 100)]
@@ -68,15 +68,14 @@ def test_pictures_are_embedded_and_found(home, capsys, tmp_path):
     contents = []
     for workers in "02":
         output = tmp_path / workers
-        assert run_command(capsys, "embed", *options, "--workers", workers, "--output", output)[0] == 0
+        output_of(capsys, "embed", *options, "--workers", workers, "--output", output)
         contents.append(Embeddings.open(output))
     assert torch.equal(contents[0].features, contents[1].features)
     paths = contents[0].metadata["image_path"].to_pylist()
     expected = one_by_one(home, paths, MOST)
     assert_near(contents[0].features, expected)
     searched = ["search", output, "--image", paths[3], "--device", "cpu", "--table"]
-    code, out, err = run_command(capsys, *searched)
-    assert code == 0, err
+    out, _ = output_of(capsys, *searched)
     score, place = (expected @ expected[3]).topk(2)
     assert [f"{score[1]:.4f}", paths[place[1]]] in [line.split() for line in out.splitlines()]
 

@@ -25,7 +25,7 @@ from clipfast.runs.lock import LOCK_NAME, FolderLostError, locked
 from clipfast.train.logs import logging_to
 from clipfast.train.trainer import Trainer
 
-from ..small_runs import run_command
+from ..small_runs import refusal_of
 from .test_training import before_step, command, results_of, saved_step
 
 
@@ -192,8 +192,7 @@ class TestFailingDisk:
 
     def test_the_failure_of_the_last_one_is_that_of_the_run(self, failing, shards, tmp_path, capsys):
         failing[".step_12.pt.tmp"] = [OSError(errno.EROFS, "Read-only file system") for _ in range(2)]
-        code, _, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0", "--epochs", "1"))
-        assert code == 2
+        err = refusal_of(capsys, *command(shards, tmp_path, "--workers", "0", "--epochs", "1"))
         assert f"error: {tmp_path}/run/checkpoints/step_12.pt cannot be written: Read-only file system" in err
         assert saved_step(tmp_path / "run") == 11
 

@@ -13,7 +13,7 @@ import pytest
 from clipfast.cli.open_clip_flags import FLAGS, page, translated
 from clipfast.train import TrainConfig, read_recipe
 
-from ..small_runs import TINY, commands, run_command
+from ..small_runs import TINY, commands, refusal_of
 from .test_recipes import printed_options
 
 # Flags that take a value, each with a value and with the other flags that it needs. All other flags are switches.
@@ -168,8 +168,7 @@ class TestFlags:
     def test_a_flag_that_is_refused_says_what_to_use(self, flag, capsys):
         note = FLAGS[flag].note
         assert any(word in note for word in ("use ", "--opt muon", "leave it out", "install "))
-        code, _, err = run_command(capsys, "train", *PLAIN, flag, "1", "2")
-        assert code == 2
+        err = refusal_of(capsys, "train", *PLAIN, flag, "1", "2")
         assert f"argument {flag}: " in err
         assert note in err
 
@@ -212,8 +211,7 @@ class TestFlags:
 --aug-cfg scale=(0.4,1) --crop-scale 0.5 1 => --aug-cfg .* --crop-scale
 """)
     def test_values_that_cannot_work(self, words, said, capsys):
-        code, _, err = run_command(capsys, "train", *PLAIN, *words, "--print-config")
-        assert code == 2
+        err = refusal_of(capsys, "train", *PLAIN, *words, "--print-config")
         assert re.search(said, err)
 
     def test_the_defaults_of_theirs_are_a_recipe(self):

@@ -10,7 +10,7 @@ from clipfast import list_models
 from clipfast.train import TrainConfig, list_recipes, read_recipe
 from clipfast.train.recipes import BY_MODEL
 
-from ..small_runs import TINY, run_command
+from ..small_runs import TINY, output_of, run_command
 
 OWN_DATA = ("train_data", "val_data")  # options of recipes whose data ships with the package, or is drawn
 
@@ -23,9 +23,7 @@ def rows(text):
 
 def printed_options(capsys, *words):
     """Return the options, with their origins, that ``clipfast train`` prints for the words of a command."""
-    code, out, error = run_command(capsys, "train", *words, "--print-config")
-    assert code == 0, error
-    return rows(out)
+    return rows(output_of(capsys, "train", *words, "--print-config")[0])
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -116,8 +114,7 @@ def test_another_precision_drops_the_options_of_8_bits(tmp_path, printed):
 def test_a_run_keeps_a_list_of_its_options(shards, tmp_path, capsys, printed):
     (tmp_path / "mine.toml").write_text(f'model = "{TINY}"\nbatch_size = 8\nepochs = 1\nwarmup = "auto"\nworkers = 0')
     options = ["--train-data", shards, "--logs", tmp_path, "--name", "run"]
-    code, _, error = run_command(capsys, "train", "--recipe", tmp_path / "mine.toml", *options)
-    assert code == 0, error
+    output_of(capsys, "train", "--recipe", tmp_path / "mine.toml", *options)
     origin, again = f"recipe {tmp_path}/mine.toml", ["--resume", tmp_path / "run"]
     found = printed(*again, "--epochs", 2)
     assert found["--epochs"] == ["2", "flag"]

@@ -15,7 +15,7 @@ from clipfast.train.train_config import TrainConfig
 from clipfast.verify.models import verify_model
 
 from ..models.siglip import CONFIGS, known_to_timm, make_model, save_tokenizer
-from ..small_runs import run_command, sample, write_shard
+from ..small_runs import output_of, run_command, sample, write_shard
 from .test_training import losses
 
 pytest.importorskip("tokenizers")
@@ -38,8 +38,7 @@ def arguments(shards, tmp_path):
 
 @pytest.mark.long
 def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
-    code, out, error = run_command(capsys, *arguments)
-    assert code == 0, error
+    out, error = output_of(capsys, *arguments)
     found = losses(RunFolder(tmp_path / "run"))
     assert len(found) == 18
     assert found[0] > 9  # logit_bias begins at -10, so the loss of each matching pair is about 10
@@ -49,8 +48,7 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
     model = create_model(name)
     assert model.config == CONFIG
     assert get_tokenizer(name)("a cat").shape == (1, 24)
-    code, out, error = run_command(capsys, "eval", "zeroshot", "--model", name, "--data", shards)
-    assert code == 0, error
+    out, error = output_of(capsys, "eval", "zeroshot", "--model", name, "--data", shards)
     figures, trained = json.loads(out), json.loads((tmp_path / "run" / "results.json").read_text())
     assert figures["zero_shot"] == trained["zero_shot"]
     checkpoint = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
@@ -61,16 +59,14 @@ def test_training_evaluation_and_resuming(arguments, shards, tmp_path, capsys):
     code, out, error = run_command(capsys, *evaluate, "--tokenizer", tmp_path / "tokenizer")
     assert json.loads(out)["retrieval"] == figures["retrieval"]
     # a resumed run finds its tokenizer without --tokenizer
-    code, out, error = run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", 7)
-    assert code == 0, error
+    out, error = output_of(capsys, "train", "--resume", tmp_path / "run", "--epochs", 7)
     assert len(losses(RunFolder(tmp_path / "run"))) == 21
 
 
 @pytest.mark.long
 def test_the_first_loss_is_the_sigmoid_loss(arguments, tmp_path, capsys):
     """Texts keep their padding in training, and a run with micro-batches has the loss of the whole batch."""
-    code, _, error = run_command(capsys, *arguments, "--siglip", "--epochs", 1, "--micro-batch-size", 6)
-    assert code == 0, error
+    output_of(capsys, *arguments, "--siglip", "--epochs", 1, "--micro-batch-size", 6)
     torch.manual_seed(0)
     config = TrainConfig(train_data=str(arguments[2]), batch_size=16, workers=0, crop_scale=(1.0, 1.0))
     registry.add_model_config(tmp_path / "small.json")

@@ -12,7 +12,7 @@ import pytest
 from clipfast.runs.lock import LOCK_NAME
 from clipfast.runs.status import read_status
 
-from ..small_runs import commands, everything, run_command
+from ..small_runs import commands, everything, output_of, run_command
 from .test_training import results_of
 
 HOLD = """
@@ -40,8 +40,7 @@ def add(path, line):
 
 def test_a_finished_run(finished, capsys):
     before = everything(finished.path)
-    code, out, _ = run_command(capsys, "status", finished.path)
-    assert code == 0
+    out, _ = output_of(capsys, "status", finished.path)
     results = results_of(finished.path)
     lines = {line[:11].strip(): line[12:] for line in out.splitlines()}
     assert lines["run"] == "run: finished"
@@ -132,8 +131,7 @@ def test_warnings_skipped_samples_and_several_evaluations(run, capsys):
 
 def test_several_runs_are_a_table_and_a_plot(finished, run, tmp_path, capsys):
     picture = tmp_path / "plot.png"
-    code, out, _ = run_command(capsys, "status", finished.path, tmp_path, "--plot", picture)
-    assert code == 0
+    out, _ = output_of(capsys, "status", finished.path, tmp_path, "--plot", picture)
     header, *rows = [line.split() for line in out.splitlines()]
     assert header[:4] == ["run", "state", "step", "epoch"]
     assert [row[:4] for row in rows] == [["run", "finished", "8/8", "2/2"], ["run", "dead", "8/8", "2/2"]]

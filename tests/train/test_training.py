@@ -27,7 +27,7 @@ from clipfast.train.optim import parse_arguments
 from clipfast.train.option_checks import flag_name
 from clipfast.train.trainer import Trainer
 
-from ..small_runs import NAFLEX, RESNET, TINY, everything, run_command, sample, write_shard
+from ..small_runs import NAFLEX, RESNET, TINY, everything, output_of, refusal_of, sample, write_shard
 
 SMALL = {
     "model": TINY, "batch_size": 8, "train_num_samples": 32, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0,
@@ -183,8 +183,7 @@ def test_one_process_holds_a_run_and_kill_9_loses_nothing(shards, tmp_path, caps
     os.waitpid(process.pid, os.WUNTRACED)  # before this wait ends, threads of the process may still write
     before = everything(folder)
     for words in (arguments, ["train", "--resume", str(folder)]):
-        code, _, err = run_command(capsys, *words)
-        assert code == 2
+        err = refusal_of(capsys, *words)
         assert re.search(f"run is in use by process {process.pid} on .* since 20", err)
     assert everything(folder) == before
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -283,8 +282,7 @@ def test_a_run_goes_on_with_other_options_and_is_not_overwritten(small, copied, 
         (f"{copied.path} --model RN50 --name other", "--model"),
         (f"{copied.path} --lr 1", "finished 6 of 6 steps, .*--lr 0.001 -> 1"),
     ):
-        code, _, err = run_command(capsys, "train", "--resume", *words.split())
-        assert code == 2
+        err = refusal_of(capsys, "train", "--resume", *words.split())
         assert re.search(said, err)
     assert json.loads((copied.path / "config.json").read_text()) == recorded
     assert not (copied.path.parent / "other").exists()
@@ -344,10 +342,9 @@ def test_a_checkpoint_or_recipe_runs_and_sends_nothing_by_itself(key, value, tmp
     torch.save({"state_dict": {}, "clipfast": {"config": config}}, "run.pt")
     Path("recipe.toml").write_text("\n".join(f'{name} = "{text}"' for name, text in config.items()))
     for arguments in (["--resume", "run.pt"], ["--recipe", "recipe.toml"]):
-        code, _, err = run_command(capsys, "train", *arguments)
-        assert code == 2
+        err = refusal_of(capsys, "train", *arguments)
         assert re.search(f"{re.escape(value)}.*: .*give {flag_name(key)} yourself", err)
-        assert run_command(capsys, "train", *arguments, flag_name(key), value, "--print-config")[0] == 0
+        output_of(capsys, "train", *arguments, flag_name(key), value, "--print-config")
     assert not Path("owned").exists()
 
 

@@ -11,7 +11,7 @@ from clipfast.verify import CheckResult, Figure, Options, child, options, run_ve
 from clipfast.verify import runner as run
 from clipfast.verify.report import FAIL, PASS, SKIP, read_json, write_json, write_junit
 
-from ..small_runs import run_command
+from ..small_runs import output_of, refusal_of, run_command
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
@@ -80,8 +80,7 @@ def test_table_and_summary_name_every_failure_and_what_was_not_run():
 
 def test_command_writes_everything(capsys, tmp_path, one_leg):
     files = ("--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
-    code, out, _ = run_command(capsys, "verify", "--op", "attention", *files, "--dtype", "fp32")
-    assert code == 0
+    out, _ = output_of(capsys, "verify", "--op", "attention", *files, "--dtype", "fp32")
     rows, rest = read_json(tmp_path / "v.json")
     assert rest["complete"]
     assert ET.parse(tmp_path / "v.xml").getroot().get("tests") == str(len(rows))
@@ -97,8 +96,7 @@ def test_command_fails_where_a_row_does(capsys, one_leg, monkeypatch):
 
 def test_peer_that_is_not_installed(capsys, monkeypatch):
     monkeypatch.setattr(options, "installed", lambda peer: False)
-    code, _, err = run_command(capsys, "verify", "--against", "openclip")
-    assert code == 2
+    err = refusal_of(capsys, "verify", "--against", "openclip")
     assert "--against openclip: not installed; pip install open-clip-torch" in err
 
 
