@@ -42,9 +42,9 @@ FACTOR = 1.01
 def changed(fn, change):
     """Return a kernel's launch ``fn``, or the planner of one, whose results go through ``change``."""
 
-    def wrong(*args):
+    def wrong(*args, **options):
         """Return the changed result of a kernel, or the function that computes it for a layout."""
-        result = fn(*args)
+        result = fn(*args, **options)
         return changed(result, change) if callable(result) else change(result)
 
     return wrong
