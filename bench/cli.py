@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clipfast.cli.arguments import COUNT, Parser, add_output
+from clipfast.cli.arguments import COUNT, UNREAD, Parser, add_output, is_unread
 from clipfast.cli.arguments import run as run_checked
 from clipfast.kernels.dtypes import DTYPES
 
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if is_unread(error):
+            return UNREAD
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
 

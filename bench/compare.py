@@ -138,7 +138,7 @@ def compare_files(before: Path, after: Path) -> int:
             raise ValueError(f"{path} has medians only, and no samples to compare")
         pairs = ((case, candidate) for case in run["cases"] for candidate in case["candidates"])
         sides.append({f"{_label(case)}  {one['name']}": (case, one) for case, one in pairs if one["samples_s"]})
-    rows, words = [["", *(path.stem for path in (before, after)), "ratio [95%]", ""]], set()
+    rows, words = [["", "before", "after", "ratio [95%]", ""]], set()
     for name in [name for name in sides[0] if name in sides[1]]:
         cases, (old, new) = zip(*(side[name] for side in sides), strict=True)
         ratio, low, high = ratio_of_processes([old["samples_s"]], [new["samples_s"]])

@@ -79,7 +79,7 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
 def _has_network(endpoint: str) -> bool:
     """Return False if the host of the hub has no address; huggingface_hub would try to reach it for 25 seconds."""
     try:
-        return bool(getproxies() or socket.getaddrinfo(urlsplit(endpoint).hostname, None))
+        return bool(getproxies().keys() - {"no"} or socket.getaddrinfo(urlsplit(endpoint).hostname, None))
     except OSError:
         return False
 

@@ -6,6 +6,8 @@ import argparse
 import glob
 import os
 import re
+import select
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +18,7 @@ from ..io.text import meant, printable
 # Matches a brace expression such as {000..099} in the name of inputs. It may stand for a huge number of files, so it is
 # replaced by "*" to find the files that exist.
 BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
+UNREAD = 141  # the exit code of a process that SIGPIPE ends
 DRAWN = ("drawn",)  # value of ``Output.ends`` for the suffixes of all formats that matplotlib can write
 # Options that several commands have.
 CACHE_DIR: dict[str, Any] = {
@@ -204,7 +207,20 @@ def run(args: argparse.Namespace) -> int:
     held = [path for output, path in outputs.values() if output.is_held and not shows_at_once]
     with together(held):
         code: int = args.run(args)
-        return code
+    print(end="", flush=True)  # Python's own flush at its end would report an error in two lines
+    return code
+
+
+def is_unread(error: BaseException) -> bool:
+    """Return whether the reader of the output has ended, as ``head`` does; if so, nothing is written to it any more."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # 0 asks for errors only
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _inputs(args: argparse.Namespace) -> Iterator[Path]:

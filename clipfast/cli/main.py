@@ -5,14 +5,13 @@ import atexit
 import contextlib
 import os
 import pkgutil
-import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
 from ..io.text import printable
-from .arguments import Parser, run
+from .arguments import UNREAD, Parser, is_unread, run
 
 # This maps each command to its line in ``clipfast --help``. The function ``add_parser`` in the command's module, which
 # is in this package, adds the parser of the command and sets the function ``run`` that the command calls.
@@ -45,7 +44,6 @@ GROUPS = {
     "verify": "kernels and machines",
 }  # fmt: skip
 INTERRUPTED = 130  # exit code of a command that was ended by Ctrl-C
-UNREAD = 141  # the exit code of a process that SIGPIPE ends
 COMPILER = "clipfast.bench.inspection.others:compiled"  # the function that compiles the user's kernels for ``verify``
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
@@ -71,23 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint, shown = "" if knows_what else "; install what it needs: pip install 'clipfast[data,eval]'", error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         shown = error
-    if isinstance(shown, BrokenPipeError) and _is_unread():
+    if is_unread(shown):
         return UNREAD
     if {"--traceback", "--debug"} & set(arguments):
         raise shown
     lines = "\n".join(map(printable, f"{shown}{hint}".split("\n")))
     print(f"clipfast {chosen}: error: {lines}", file=sys.stderr)
     return 2
-
-
-def _is_unread() -> bool:
-    """Return whether the reader of the output has ended, as ``head`` does; if so, nothing is written to it any more."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # 0 asks for errors only
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
 
 
 def _complete() -> None:

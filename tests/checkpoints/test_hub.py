@@ -306,7 +306,7 @@ def test_a_hub_without_an_address_is_not_tried_again_and_again(monkeypatch, cach
     from huggingface_hub import constants, file_download
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("urllib.request.getproxies_environment", dict)
+    monkeypatch.setattr("clipfast.checkpoints.hub.getproxies", lambda: {"no": "localhost"})
     monkeypatch.setattr("socket.getaddrinfo", Mock(side_effect=OSError("no such name")))
     monkeypatch.setattr(file_download, "get_hf_file_metadata", Mock(side_effect=AssertionError("asked the hub")))
     with pytest.raises(HubError, match=r"is not in the cache .* \(https://\S+ has no address here\)"):
