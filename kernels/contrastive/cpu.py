@@ -54,7 +54,7 @@ def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
     return Features((wide * inv_norm[:, None]).to(dtype), inv_norm)
 
 
-def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
+def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool = False) -> Tensor:
     """Return a new accumulator for the gradients of a strip's rows x [M, D] against columns y."""
     return x.new_empty(x.shape, dtype=accumulate_dtype(x.dtype))
 

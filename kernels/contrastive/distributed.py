@@ -210,7 +210,7 @@ def _accumulate_strips(
 
     def accumulate(side: Tensor, others: Tensor, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return the accumulator of a strip of images or texts, and its terms of the gradient of the scale."""
-        acc = blocks.strip_accumulator(side, others, is_block=False)
+        acc = blocks.strip_accumulator(side, others)
         of_strip = Normalizers(vectors[0][:, own], vectors[1], uses_shared_shift)
         return acc, blocks.add_gradients(side, others, logit_scale, of_strip, own.start, acc, None, is_new_x=True)
 

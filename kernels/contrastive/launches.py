@@ -57,7 +57,7 @@ def small_blocks(edge: int) -> Iterator[None]:
         MAX_EDGE = before
 
 
-def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool) -> Tensor:
+def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool = False) -> Tensor:
     """Return a new accumulator for the gradients of rows x [M, D] against columns y: [M, D], or [parts, M or more, D].
 
     If ``is_block``, all columns y are in one block of G; otherwise in as many as :func:`add_gradients` takes.

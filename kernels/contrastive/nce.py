@@ -210,7 +210,9 @@ def _info_nce_parts(
         return scale_sums
 
     grads = [new_gradient(query, grad_dtype)]
-    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, grads[0], add)
+    # PyTorch adds up the parts of an accumulator, which cannot be recorded.
+    columns = None if is_small_block(x.rows, queue.rows, dtype) else queue.rows
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, grads[0], add, columns)
     # These gradients are allocated here, so that they can reuse the memory of G.
     if acc_key is not None:
         grads.append(new_gradient(key, grad_dtype))

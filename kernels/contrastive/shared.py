@@ -147,19 +147,21 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
 
 def gradients_in_strips(
     blocks: ModuleType, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
-    add: Callable[[slice, Tensor], list[Tensor | None]],
+    add: Callable[[slice, Tensor], list[Tensor | None]], columns: Tensor | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Compute the gradient of features in strips of rows, so that only a strip at a time is held in float32.
 
     ``add(strip, acc)`` writes G times features to the new accumulator ``acc`` of the rows ``strip``, and returns the
-    results of its calls of :func:`.launches.add_gradients`. The other arguments are those of :func:`.launches.finish`.
+    results of its calls of :func:`.launches.add_gradients`. ``columns`` are those of the logits, if they may be so many
+    beside the rows that an accumulator has parts for them. The other arguments are those of :func:`.launches.finish`.
 
     Returns:
         The terms of the gradient of the scale, for :func:`scale_gradient`: the results of ``finish`` and ``add``.
     """
     parts = []
     for strip in blocks.strips(own.rows, other):
-        acc = new_accumulator(strip.stop - strip.start, own.rows)
+        rows = own.rows[strip]
+        acc = new_accumulator(len(rows), rows) if columns is None else blocks.strip_accumulator(rows, columns)
         parts += add(strip, acc)
         parts.append(
             blocks.finish(acc, own.part(strip), other, offset + strip.start, one_minus_p[strip], factor, out[strip])
