@@ -166,6 +166,7 @@ def ways_to_use_it(rank):
     weight = torch.tensor([1.0, -3.0, 0.0][rank])
     found["once"] = [of_rank(inputs, **each) for each in options]
     found["by rank"] = [of_rank(inputs, weight, **each) for each in options]
+    found["empty"] = [of_rank(rows_of(inputs, slice(0, 0)), **each | {"sizes": None}) for each in options]
     found["twice"] = [used_twice(inputs, **each) for each in options]
     compiled = torch.compile(lambda **leaves: 2 * distributed_contrastive_loss(**leaves), backend="aot_eager")
     found["compiled"] = value_and_grads(compiled, inputs, ONE)
@@ -244,6 +245,7 @@ def test_ways_to_use_it(tmp_path):
         # In mode "ring" the largest tensor holds the rank's own features of one side; in "gather", the features of one
         # side of all ranks; and in "scalars", those of both sides.
         assert rank["largest"] == {"ring": wide // 3, "gather": wide, "scalars": 2 * wide}
+        assert all(result["value"].isnan() and result["d_image"].shape == (0, DIM) for result in rank["empty"])
         for pattern, text in zip(REFUSED, rank["refused"], strict=True):
             assert re.match(pattern, text), (pattern, text)
     for index, mode in enumerate(MODES):
