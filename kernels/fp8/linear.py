@@ -143,6 +143,9 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the 8-bit rows of the linear layer's input, and the columns of its weight, for the backward pass."""
     carrier, values, scale, weight, bias, _, _, column_values, column_scale, ctx.full = inputs
+    if not weight.is_leaf:  # an empty part stands for a computed weight, whose memory would be kept
+        with torch.enable_grad():
+            weight = weight[:0].clone()
     ctx.operands = carrier, weight
     ctx.dtypes, ctx.takes_rows = (weight.dtype, None if bias is None else bias.dtype), not ctx.full
     ctx.save_for_backward(values, scale, column_values, column_scale)

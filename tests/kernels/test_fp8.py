@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -88,9 +89,20 @@ def test_only_8_bits_of_the_input_are_kept():
     assert all(y.itemsize == 1 or y.numel() <= x.numel() // 50 for y in saved)
 
 
-def test_a_second_derivative_is_refused():
+def test_a_computed_weight_is_not_kept():
     x, w, _, _ = operands()
-    total = fp8_linear(x, w).sum()
+    computed = 2 * w
+    kept = weakref.ref(computed)
+    output = fp8_linear(x, computed)
+    del computed
+    assert output.requires_grad
+    assert kept() is None
+
+
+@pytest.mark.parametrize("factor", [None, 2], ids=["leaf", "computed"])
+def test_a_second_derivative_is_refused(factor):
+    x, w, _, _ = operands()
+    total = fp8_linear(x, factor * w if factor else w).sum()
     (of_x,) = torch.autograd.grad(total, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="has no derivative"):
         torch.autograd.grad(total + of_x.square().sum(), w)
