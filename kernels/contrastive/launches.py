@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common import LOG2E, cdiv, slices
-from ..configs import GemmConfig, gemm_config, planned
+from ..configs import GemmConfig, gemm_config, overrides, planned
 from ..launch import Plan, arch_of
 from .block_sizes import edges_of, most_bytes, segments_of_column
 from .kernels import _finish_kernel, _sigmoid_pairs_kernel, _sigmoid_sums_kernel
@@ -42,19 +42,25 @@ __all__ = ["add_strip", "prepare", "rank_terms", "rank_weights"]  # the losses c
 
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
+# A loss computes fewer rows and columns than this in one block, whose kernel has programs that loop over all of them.
+# From this many columns on, the product of a G with few rows is cut into parts (see ``strips``).
+LONGEST_LOOP = 8192
 MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row: those of a square block
 CHUNK = 16  # the kernel for pairs adds the sums of this many tiles at a time
 
 
 @contextlib.contextmanager
-def small_blocks(edge: int) -> Iterator[None]:
-    """Limit blocks of logits to ``edge`` rows and columns, so that a test with few features has several blocks."""
-    global MAX_EDGE
-    before, MAX_EDGE = MAX_EDGE, edge
+def small_blocks(edge: int, longest_loop: int = LONGEST_LOOP) -> Iterator[None]:
+    """Limit blocks of logits to ``edge`` rows and columns, and loops to ``longest_loop``, so that a test with few
+    features has several blocks, or parts of one.
+    """
+    global MAX_EDGE, LONGEST_LOOP
+    before, (MAX_EDGE, LONGEST_LOOP) = (MAX_EDGE, LONGEST_LOOP), (edge, longest_loop)
     try:
-        yield
+        with overrides({}):  # ops and plans forget what they decided for other blocks, before and after
+            yield
     finally:
-        MAX_EDGE = before
+        MAX_EDGE, LONGEST_LOOP = before
 
 
 def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool = False) -> Tensor:
@@ -350,4 +356,4 @@ def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
 def is_one_block(device: torch.device, dtype: torch.dtype, m: int, n: int, d: int) -> bool:
     """Return whether the G of features [m, d] against features [n, d] is one block; a G without elements is not."""
     rows, cols = edges_of(device, dtype, m, n, d, MAX_EDGE, processors(device))
-    return 0 < m <= rows and 0 < n <= cols and d > 0
+    return 0 < m <= rows and 0 < n <= cols and d > 0 and max(m, n) < LONGEST_LOOP

@@ -152,12 +152,15 @@ def gradients_in_strips(
     """Compute the gradient of features in strips of rows, so that only a strip at a time is held in float32.
 
     ``add(strip, acc)`` writes G times features to the new accumulator ``acc`` of the rows ``strip``, and returns the
-    results of its calls of :func:`.launches.add_gradients`. ``columns`` are those of the logits, if they may be so many
-    beside the rows that an accumulator has parts for them. The other arguments are those of :func:`.launches.finish`.
+    results of its calls of :func:`.launches.add_gradients`. ``columns`` are those of the logits, if an accumulator may
+    have parts for them; without it, it has if there are many more features in ``other``. The other arguments are those
+    of :func:`.launches.finish`.
 
     Returns:
         The terms of the gradient of the scale, for :func:`scale_gradient`: the results of ``finish`` and ``add``.
     """
+    if columns is None and len(other) >= max(launches.LONGEST_LOOP, 8 * len(own.rows)):
+        columns = other
     parts = []
     for strip in blocks.strips(own.rows, other):
         rows = own.rows[strip]

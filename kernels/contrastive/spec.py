@@ -203,13 +203,14 @@ SPECS = (
     loss_spec(
         op=info_nce_loss, reference=reference.info_nce_loss, make=functools.partial(make, ("query", "key")), cases=INFO_NCE,
         small=(QueueShape(11, 7, 6, 5.0, 0.3, in_batch=True), QueueShape(11, 7, 6, 5.0, 0.3)),
-        suite="info_nce", torch_op="info_nce", kernels=("_normalize_kernel", *SUMS, "_queries_kernel", *GRADIENTS),
+        suite="info_nce", torch_op="info_nce", kernels=("_normalize_kernel", *SUMS, "_queries_kernel", *GRADIENTS, "_strip_products_kernel"),
         floor=info_nce_floor, frozen=("key", "negatives"), float32=("logit_scale",),
         bench={"cpu": (QueueShape(256, 16384, 128),), "cuda": (QueueShape(1024, 65536, 128),)},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         shipped=(
             Shipped("N1024 K4096 D128", QueueShape(1024, 4096, 128)),
             Shipped("N1024 K4096 D128 in batch", QueueShape(1024, 4096, 128, in_batch=True)),
+            Shipped("N256 K65536 D128 in batch", QueueShape(256, 65536, 128, in_batch=True)),
         ),
     ),
     loss_spec(
