@@ -41,6 +41,7 @@ from .shared import (
     gradients_in_strips,
     is_one_block,
     logit_blocks,
+    many_columns,
     new_accumulator,
     new_gradient,
     operand_dtype,
@@ -133,7 +134,8 @@ def _gradients_in_blocks(
         block = x.rows, y.rows[strip], logit_scale, normalizers.part(ALL, strip), offset - strip.start
         return [blocks.add_gradients(*block, None, acc, is_new_y=True)]
 
-    parts = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images)
+    columns = many_columns(x.rows, y.rows)
+    parts = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images, columns)
     text_grad = new_gradient(text)  # allocated here, so that it can reuse the memory of G
     if acc_text is None:
         gradients_in_strips(blocks, y, x.rows, -offset, col_one_minus_p, factor, text_grad, add_texts)

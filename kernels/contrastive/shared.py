@@ -152,15 +152,12 @@ def gradients_in_strips(
     """Compute the gradient of features in strips of rows, so that only a strip at a time is held in float32.
 
     ``add(strip, acc)`` writes G times features to the new accumulator ``acc`` of the rows ``strip``, and returns the
-    results of its calls of :func:`.launches.add_gradients`. ``columns`` are those of the logits, if an accumulator may
-    have parts for them; without it, it has if there are many more features in ``other``. The other arguments are those
-    of :func:`.launches.finish`.
+    results of its calls of :func:`.launches.add_gradients`. ``columns`` are those of the logits, if they may be so many
+    beside the rows that an accumulator has parts for them. The other arguments are those of :func:`.launches.finish`.
 
     Returns:
         The terms of the gradient of the scale, for :func:`scale_gradient`: the results of ``finish`` and ``add``.
     """
-    if columns is None and len(other) >= max(launches.LONGEST_LOOP, 8 * len(own.rows)):
-        columns = other
     parts = []
     for strip in blocks.strips(own.rows, other):
         rows = own.rows[strip]
@@ -170,6 +167,11 @@ def gradients_in_strips(
             blocks.finish(acc, own.part(strip), other, offset + strip.start, one_minus_p[strip], factor, out[strip])
         )
     return parts
+
+
+def many_columns(x: Tensor, y: Tensor) -> Tensor | None:
+    """Return y, the columns of logits, if they are so many beside the rows x that their product with G needs parts."""
+    return y if len(y) >= max(launches.LONGEST_LOOP, 8 * len(x)) else None
 
 
 def scale_gradient(parts: Sequence[Tensor | None], coefficient: Tensor) -> Tensor:

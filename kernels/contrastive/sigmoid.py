@@ -44,6 +44,7 @@ from .shared import (
     gradients_in_strips,
     is_one_block,
     logit_blocks,
+    many_columns,
     new_accumulator,
     new_gradient,
     operand_dtype,
@@ -115,7 +116,8 @@ def _loss_and_gradients_in_blocks(
         sums.append(blocks.add_sigmoid_gradients(*block, acc, acc_text, is_new_y=strip.start == 0))
         return []
 
-    gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
+    columns = many_columns(x.rows, y.rows)
+    gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add, columns)
     text_grad = _held_gradient(text)  # allocated here, so that it can reuse the memory of G
     of_texts = one_minus_p
     if offset or len(image) != len(text):
