@@ -26,7 +26,7 @@ from .small_runs import run_command
 # output, which must not exist before.
 READ = {
     "--page", "--results", "--tables", "--features", "--folder", "--queries", "--image", "--pictures", "--baseline",
-    "--added-labels", "--names", "--root", "--watch", "folder", "file", "images", "image", "runs",
+    "--added-labels", "--names", "--root", "--watch", "folder", "file", "files", "images", "image", "runs",
 }  # fmt: skip
 # Outputs that may exist before, since these commands go on where they were stopped.
 PLACES = {("embed", "--output"), ("eval suite", "--output")}
