@@ -42,7 +42,6 @@ from .shared import (
     is_one_block,
     logit_blocks,
     many_columns,
-    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -51,7 +50,7 @@ from .shared import (
     scale_tensor,
 )
 from .small_batch import suits_whole, whole_info_nce_loss, whole_loss, whole_operands
-from .stats import ALL, Normalizers, pair_losses, pairs_in
+from .stats import ALL, Normalizers, new_accumulator, pair_losses, pairs_in
 
 MEMORY = ("default", "min")
 
@@ -122,7 +121,7 @@ def _gradients_in_blocks(
     row_one_minus_p, col_one_minus_p = row[2], col[2]
     coefficient = grad_loss.to(row_one_minus_p.dtype) / _terms_of(image, text, offset, both)
     factor = coefficient * logit_scale
-    acc_text = None if save_memory else new_accumulator(len(text), y.rows)
+    acc_text = None if save_memory else new_accumulator(y.rows)
 
     def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
         """Add the contrastive gradient of a strip of images, and in the same pass its part of the texts' gradient."""

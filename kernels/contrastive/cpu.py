@@ -29,6 +29,7 @@ from .stats import (
     finite,
     is_exact,
     merge_stacked,
+    new_accumulator,
     new_stats,
     pair_products,
     pair_terms,
@@ -56,7 +57,7 @@ def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
 
 def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool = False) -> Tensor:
     """Return a new accumulator for the gradients of a strip's rows x [M, D] against columns y."""
-    return x.new_empty(x.shape, dtype=accumulate_dtype(x.dtype))
+    return new_accumulator(x)
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:

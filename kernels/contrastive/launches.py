@@ -35,7 +35,7 @@ from .operands import (
 from .products import add_products, add_strip, scale_of_grad
 from .ranks import rank_terms, rank_weights
 from .softmax_kernels import _pairs_kernel, _stats_kernel
-from .stats import Features, Normalizers, SoftmaxStats, pairs_in
+from .stats import Features, Normalizers, SoftmaxStats, new_accumulator, pairs_in
 from .strips import parts_of
 
 __all__ = ["add_strip", "prepare", "rank_terms", "rank_weights"]  # the losses call them as functions of this module
@@ -43,7 +43,8 @@ __all__ = ["add_strip", "prepare", "rank_terms", "rank_weights"]  # the losses c
 # The most rows and columns of a square block of logits. The sums of its tiles then take at most 64 MiB.
 MAX_EDGE = 16384
 # A loss computes fewer rows and columns than this in one block, whose kernel has programs that loop over all of them.
-# From this many columns on, the product of a G with few rows is cut into parts (see ``strips``).
+# From this many columns on, such a loop takes 80 us or more by the model of an H100, and the product of a G with few
+# rows is cut into parts instead (see ``strips``).
 LONGEST_LOOP = 8192
 MOST_TILES = 128  # the kernel for pairs adds the sums of at most this many tiles of a row: those of a square block
 CHUNK = 16  # the kernel for pairs adds the sums of this many tiles at a time
@@ -71,7 +72,7 @@ def strip_accumulator(x: Tensor, y: Tensor, *, is_block: bool = False) -> Tensor
     edges = (len(x), len(y)) if is_block else _block_edges(x, y)
     parts, height = parts_of(layout_of(x[: edges[0]], y[: edges[1]], 0), len(x))
     if parts == 0:
-        return vector(x, *x.shape)
+        return new_accumulator(x)
     return vector(x, parts, height, x.shape[1])
 
 
@@ -318,7 +319,7 @@ def finish(
     """Write the gradient of features, factor * (acc - one_minus_p * positive), through the normalisation if any.
 
     Args:
-        acc: [R, D], G times the features of the other side, of :func:`.shared.new_accumulator` or
+        acc: [R, D], G times the features of the other side, of :func:`.stats.new_accumulator` or
             :func:`strip_accumulator`; its values are lost.
         own: the R rows whose gradient it is.
         other, offset: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.

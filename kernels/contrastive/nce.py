@@ -39,7 +39,6 @@ from .shared import (
     gradients_in_strips,
     is_small_block,
     logit_blocks,
-    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -48,7 +47,7 @@ from .shared import (
     scale_tensor,
 )
 from .small_batch import suits_whole, whole_info_nce_loss, whole_operands
-from .stats import Normalizers, merge, new_stats, pair_products, pair_terms
+from .stats import Normalizers, merge, new_accumulator, new_stats, pair_products, pair_terms
 
 
 @planned_op("info_nce_fwd")
@@ -193,8 +192,8 @@ def _info_nce_parts(
     x, y = prepare_both(query, key, dtype, normalize=normalize)
     queue = blocks.prepare(negatives, dtype, normalize=normalize)
     if needs_key and in_batch:
-        acc_key = new_accumulator(len(key), y.rows)
-    acc_queue = new_accumulator(len(negatives), queue.rows) if needs_negatives else None
+        acc_key = new_accumulator(y.rows)
+    acc_queue = new_accumulator(queue.rows) if needs_negatives else None
     of_keys = _nothing_from_columns(row, len(key)) if in_batch else None
     one_minus_p = row[2]
 

@@ -29,7 +29,6 @@ from .shared import (
     gradients_in_strips,
     is_small_block,
     logit_blocks,
-    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
@@ -38,7 +37,7 @@ from .shared import (
     scale_tensor,
 )
 from .small_batch import suits_whole, whole_nt_xent_loss, whole_operands
-from .stats import Normalizers, merge, pair_terms
+from .stats import Normalizers, merge, new_accumulator, pair_terms
 
 
 @planned_op("nt_xent_fwd")
@@ -122,7 +121,7 @@ def _nt_xent_parts(
     blocks = logit_blocks(first.device)
     x, y = prepare_both(first, second, dtype, normalize=normalize)
     first_grad = new_gradient(first, grad_dtype)
-    acc_second = new_accumulator(len(second), y.rows)
+    acc_second = new_accumulator(y.rows)
     (row, row_within), (col, col_within) = row, col
     one_minus_p = row[2]
 

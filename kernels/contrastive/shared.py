@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..backends import Op
 from ..checks import check_device, check_float, check_like, check_tensor
-from ..dtypes import FLOATS, accumulate_dtype, autocast_dtype, dtype_name
+from ..dtypes import FLOATS, autocast_dtype, dtype_name
 from ..launch import triton_runs_on
 from ..replay import Pass
 from . import cpu, launches, operands
 from .small_batch import MOST_LOGITS
-from .stats import Features
+from .stats import Features, new_accumulator
 
 
 def call_planned(op: Op, options: tuple[Any, ...], tensors: tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
@@ -140,11 +140,6 @@ def new_gradient(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def new_accumulator(rows: int, like: Tensor) -> Tensor:
-    """Return an uninitialised accumulator [rows, D] of gradients, for prepared features ``like`` [any, D]."""
-    return like.new_empty(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
-
-
 def gradients_in_strips(
     blocks: ModuleType, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
     add: Callable[[slice, Tensor], list[Tensor | None]], columns: Tensor | None = None,
@@ -161,7 +156,7 @@ def gradients_in_strips(
     parts = []
     for strip in blocks.strips(own.rows, other):
         rows = own.rows[strip]
-        acc = new_accumulator(len(rows), rows) if columns is None else blocks.strip_accumulator(rows, columns)
+        acc = new_accumulator(rows) if columns is None else blocks.strip_accumulator(rows, columns)
         parts += add(strip, acc)
         parts.append(
             blocks.finish(acc, own.part(strip), other, offset + strip.start, one_minus_p[strip], factor, out[strip])
@@ -170,7 +165,10 @@ def gradients_in_strips(
 
 
 def many_columns(x: Tensor, y: Tensor) -> Tensor | None:
-    """Return y, the columns of logits, if they are so many beside the rows x that their product with G needs parts."""
+    """Return y, the columns of logits, if they are so many beside the rows x that their product with G needs parts.
+
+    Otherwise G y and G^T x together have enough tiles, and parts would only have to be added up.
+    """
     return y if len(y) >= max(launches.LONGEST_LOOP, 8 * len(x)) else None
 
 

@@ -45,14 +45,13 @@ from .shared import (
     is_one_block,
     logit_blocks,
     many_columns,
-    new_accumulator,
     new_gradient,
     operand_dtype,
     prepare_both,
     scale_tensor,
 )
 from .small_batch import suits_whole, whole_operands, whole_sigmoid_loss
-from .stats import pairs_in
+from .stats import new_accumulator, pairs_in
 
 
 def _plan_forward(
@@ -107,7 +106,7 @@ def _loss_and_gradients_in_blocks(
     one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
     factor = logit_scale / max(len(image), 1)
     image_grad = _held_gradient(image)
-    acc_text = new_accumulator(len(text), y.rows)
+    acc_text = new_accumulator(y.rows)
     sums = [of_pairs]
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:

@@ -116,6 +116,11 @@ class RankWeights(NamedTuple):
     factor: Tensor  # [], coefficient times the scale of the logits
 
 
+def new_accumulator(x: Tensor) -> Tensor:
+    """Return an uninitialised accumulator [M, D] for the gradients of prepared features x [M, D]."""
+    return x.new_empty(x.shape, dtype=accumulate_dtype(x.dtype))
+
+
 def clear_new(*accumulators: tuple[Tensor | None, bool]) -> None:
     """Write zeros to those accumulators of gradients that have no values yet, as their flags say."""
     for acc, is_new in accumulators:
