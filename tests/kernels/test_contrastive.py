@@ -97,39 +97,6 @@ def test_one_block_and_several_agree(loss, normalize, arch, triton_device, few_m
     assert_equal(call.results(), several, **({} if arch == 80 else {"rtol": 2e-3, "atol": 1e-6}))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("loss", ["in batch", "queue only", "many rows", *NUMBERS])
-def test_products_with_many_columns_are_cut_into_parts(loss, arch, triton_device, monkeypatch):
-    monkeypatch.setattr(launch, "CPU_ARCH", arch)
-    dtype = torch.float32 if arch == 80 else torch.float16
-    if loss in NUMBERS:
-        names = {"image": 9, "text": 700}
-        op = functools.partial(getattr(kernels, loss), offset=300, **NUMBERS[loss])
-    elif loss == "many rows":  # those of G^T x, which are computed after G y, have no parts
-        names = {"image": 700, "text": 9}
-        op = functools.partial(contrastive_loss, logit_scale=20.0, offset=-300, memory="min")
-    else:
-        names = {"query": 9, "key": 9, "negatives": 700}
-        op = functools.partial(info_nce_loss, logit_scale=20.0, in_batch=loss == "in batch")
-    inputs = {name: F.normalize(torch.randn(n, 24), dim=-1).to(triton_device, dtype) for name, n in names.items()}
-    expected = value_and_grads(op, inputs, ONE)
-    parts = []
-
-    def accumulator(x, y):
-        """Return the accumulator of a strip, with values that no sum may keep, and note its number of parts."""
-        acc = strip_accumulator(x, y)
-        parts.append(acc.shape[:-2].numel())
-        return acc.fill_(torch.nan)
-
-    strip_accumulator = launches.strip_accumulator
-    monkeypatch.setattr(launches, "strip_accumulator", accumulator)
-    with launches.small_blocks(1024, longest_loop=64):
-        found = value_and_grads(op, inputs, ONE)
-    assert len(parts) == (loss != "many rows")
-    assert all(number > 1 for number in parts)
-    assert_equal(found, expected, rtol=1e-4 if arch == 80 else 2e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_saving_memory_changes_nothing(dtype, device, few_multiprocessors, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", 90)

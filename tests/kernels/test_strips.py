@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.kernels import launch
+from clipfast.kernels import contrastive_loss, info_nce_loss, launch, sigmoid_loss
 from clipfast.kernels.contrastive import cpu, launches, strips
 from clipfast.kernels.contrastive.exchange import Ranks
 from clipfast.kernels.contrastive.modes import MODES, choose_mode, mode_seconds
 from clipfast.kernels.contrastive.spec import small_tiles
 from clipfast.kernels.contrastive.stats import Normalizers
+from clipfast.verify.rule import value_and_grads
 
 from .conftest import needs_sanitizer
 
@@ -129,6 +130,43 @@ def test_new_accumulators_are_zero_without_logits(rows, cols, interpreted):
     x, y = torch.empty(rows, 40), torch.empty(cols, 40)
     for acc in gradients(x, y, torch.full((rows, 40), torch.nan), is_new_x=True, is_new_y=True):
         assert not acc.any()
+
+
+# Losses with many columns of logits: the numbers of rows of their features, the loss, and the number of accumulators
+# that have parts. With memory="min" and many rows, the product that loops over them has none.
+LOSSES = {
+    "contrastive": ((9, 700), functools.partial(contrastive_loss, logit_scale=30.0, offset=300), 1),
+    "many rows": ((700, 9), functools.partial(contrastive_loss, logit_scale=20.0, offset=-300, memory="min"), 0),
+    "sigmoid": ((9, 700), functools.partial(sigmoid_loss, logit_scale=10.0, logit_bias=-3.0, offset=300), 1),
+    "in batch": ((9, 9, 700), functools.partial(info_nce_loss, logit_scale=20.0, in_batch=True), 1),
+    "queue only": ((9, 9, 700), functools.partial(info_nce_loss, logit_scale=20.0, in_batch=False), 1),
+}
+
+
+@pytest.mark.parametrize(("arch", "dtype", "rtol"), [(80, torch.float32, 1e-4), (90, torch.float16, 2e-3)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_with_many_columns_are_cut_into_parts(name, arch, dtype, rtol, triton_device, poison, monkeypatch):
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
+    counts, loss, with_parts = LOSSES[name]
+    names = ("image", "text") if len(counts) == 2 else ("query", "key", "negatives")
+    features = (F.normalize(torch.randn(count, 24), dim=-1).to(triton_device, dtype) for count in counts)
+    inputs = dict(zip(names, features, strict=True))
+    expected = value_and_grads(loss, inputs, torch.tensor(1.0))
+    parts = []
+
+    def accumulator(x, y):
+        """Return the accumulator of a strip, with values that no sum may keep, and note its number of parts."""
+        acc = strip_accumulator(x, y)
+        parts.append(acc.shape[:-2].numel())
+        return acc.fill_(torch.nan)
+
+    strip_accumulator = launches.strip_accumulator
+    monkeypatch.setattr(launches, "strip_accumulator", accumulator)
+    with launches.small_blocks(1024, longest_loop=64):
+        found = value_and_grads(loss, inputs, torch.tensor(1.0))
+    assert len(parts) == with_parts
+    assert all(number > 1 for number in parts)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-6, equal_nan=True, check_dtype=False)
 
 
 def test_a_strip_fills_the_gpu():
